@@ -1,0 +1,439 @@
+"""Policies: observation + instruction -> action chunk, with exact log-probs and KL.
+
+    policy = load_policy("openvla-tiny")                                  # random weights, to be trained by sft.py
+    policy = load_policy("openvla", "gen-robot/openvla-7b-rlvla-warmup")  # the official 7B checkpoint, nothing converted
+    python policies.py merge ADAPTER_DIR OUT                              # fold a LoRA checkpoint into its base model
+
+OpenVLA: two ViT towers (DINOv2, SigLIP) -> projector -> Llama; an action is 7 tokens of 256 bins each. Everything that
+differs between the tiny preset and the 7B model is in config.json, which is read as data.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BACKBONES = ("openvla", "openvla-tiny")
+PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # the trailing space is token 29871 of Llama
+
+
+class PolicyError(ValueError):
+    """One sentence for the user: what is wrong, and what to do."""
+
+
+class Decision(NamedTuple):
+    actions: torch.Tensor  # (B, chunk, 7) float32, env units: metres, radians, gripper -1 (close) / +1 (open)
+    latent: torch.Tensor  # (B, 7) long: action token ids, what the log-prob is taken of
+    logprob: torch.Tensor  # (B,) float32, sum over the 7 tokens, at temperature 1 whatever was sampled at
+    value: torch.Tensor  # (B,) float32
+
+
+class Evaluation(NamedTuple):
+    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent
+    logprob: torch.Tensor  # (B,) SUM over the 7 tokens: the log-prob of the joint action
+    entropy: torch.Tensor  # (B,) mean over the 7 tokens, nats
+    value: torch.Tensor  # (B,)
+
+
+# ------------------------------------------------------------------------------------------------ configs
+# Both towers' sizes are implied by their timm ids in the official config.json (image size and stats aside).
+TIMM = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": {
+        "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0, "patch_size": 14, "class_token": True, "reg_tokens": 4,
+        "layer_scale": True,
+    },
+    "vit_so400m_patch14_siglip_224": {
+        "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362, "patch_size": 14, "class_token": False, "reg_tokens": 0,
+        "layer_scale": False,
+    },
+}  # fmt: skip
+MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet statistics), 3-5 SigLIP
+STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
+
+_WORDS = """7up action baguette ball banana bar bbq bear black block blue bottle bowtie bread brown can capsule carrot
+champagne cross cube cup cyan cylinder disc domino dumbbell fast food glass golf green hamburger hammer house in is
+ketchup kitchen l light lime mushroom navy nonstop on onion orange pepper pink pipe plant plastic plate potato puck
+purple put pyramid red robot sauce should shovel snowman spoon stick striped t take teal the to toy traffic travel
+watering what where yellow zuchinni"""  # the object names of both asset packs, and the words of the prompts
+
+OPENVLA_TINY = {
+    "model_type": "openvla",
+    "timm_model_ids": list(TIMM),
+    "image_sizes": [96, 96],
+    "n_action_bins": 256,
+    "pad_to_multiple_of": 64,
+    "pad_token_id": 0,
+    "text_config": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
+        "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, ordered as in the 7B's 32064
+        "initializer_range": 0.05,
+    },
+    "norm_stats": {"builtin": {"action": {  # the env's step bounds: metres, radians, gripper
+        "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0], "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
+        "mask": [True, True, True, True, True, True, False],
+    }}},
+    # Everything below is not an official field. A patch embedding does not learn to see in minutes; a conv stem does.
+    "_tiny_timm_kwargs": [
+        {"embed_dim": 128, "depth": 3, "num_heads": 4, "patch_size": 16, "class_token": False, "reg_tokens": 0, "layer_scale": False,
+             "stem": [32, 64, 96]},
+        {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16},
+    ],
+    "_word_vocab": ["<pad>", "<s>", "<unk>", "<out>"] + _WORDS.split(),
+    "_prompt": "{instruction} <out>",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ vision
+class ViT(nn.Module):
+    """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, no final norm, as OpenVLA takes it.
+
+    timm's parameter names, which are the checkpoint's. The last block, the final norm and SigLIP's attention pool are
+    dead weights in OpenVLA and are not built. `stem` (output channels) swaps the patch embedding for strided convs.
+    """
+
+    def __init__(self, image_size, embed_dim, depth, num_heads, patch_size, class_token, reg_tokens, layer_scale,
+                 mlp_ratio=4.0, stem=None):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.checkpointing = num_heads, False
+        self.num_patches = (image_size // patch_size) ** 2
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)})
+        if stem:
+            assert 2 ** (len(stem) + 1) == patch_size, "a stem of n convs plus one has stride 2**(n+1)"
+            convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU())]
+            self.patch_embed["proj"] = nn.Sequential(*convs, nn.Conv2d(stem[-1], embed_dim, 3, 2, 1))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1))
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+        x = x + self.pos_embed  # patches only: timm has folded the cls position into cls_token
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*prefix, x], 1) if prefix else x
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, self.num_heads, use_reentrant=False)
+            else:
+                x = block(x, self.num_heads)
+        return x[:, -self.num_patches :]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. GELU is exact in both towers (transformers' SigLIP defaults to tanh)."""
+
+    def __init__(self, dim, hidden, layer_scale):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        scale = [nn.ParameterDict({"scale_factor": nn.Parameter(torch.ones(dim))}) for _ in range(2 * layer_scale)]
+        self.ls1, self.ls2 = scale if layer_scale else (None, None)
+
+    def forward(self, x, num_heads):
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (y if self.ls1 is None else y * self.ls1["scale_factor"])
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + (y if self.ls2 is None else y * self.ls2["scale_factor"])
+
+
+class KVCache:
+    """Keys and values at fixed addresses: (layers, B, heads, length, head_dim). What is not yet written is masked."""
+
+    def __init__(self, config, batch, length, like):
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, head_dim)
+        self.k, self.v, self.start = like.new_zeros(shape), like.new_zeros(shape), 0
+
+    def update(self, k, v, layer_idx):  # called by LlamaAttention
+        self.k[layer_idx, :, :, self.start : self.start + k.shape[2]] = k
+        self.v[layer_idx, :, :, self.start : self.start + k.shape[2]] = v
+        return self.k[layer_idx], self.v[layer_idx]
+
+
+# ------------------------------------------------------------------------------------------------ OpenVLA
+class OpenVLA(nn.Module):
+    """Official key names: vision_backbone.{featurizer,fused_featurizer}, projector, language_model; plus value_head."""
+
+    chunk = 1  # env steps per decision
+
+    def __init__(self, config, unnorm_key=None):
+        super().__init__()
+        self.config = config
+        text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})  # 1e-6: the port's, not Meta's 1e-5
+        self.image_size = config["image_sizes"][0]
+        towers = [TIMM[name] for name in config["timm_model_ids"]]
+        if "_tiny_timm_kwargs" in config:
+            towers = [{**tower, **kwargs} for tower, kwargs in zip(towers, config["_tiny_timm_kwargs"])]
+        dino, siglip = [ViT(size, **tower) for size, tower in zip(config["image_sizes"], towers)]
+        self.vision_backbone = nn.ModuleDict({"featurizer": dino, "fused_featurizer": siglip})
+        fused = sum(tower["embed_dim"] for tower in towers)
+        sizes = [fused, 4 * fused, text.hidden_size, text.hidden_size]
+        self.projector = nn.ModuleDict({f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)})
+        self.language_model = LlamaForCausalLM(text)
+        self.value_head = nn.ModuleDict({
+            "head_l1": nn.Linear(text.hidden_size, 512),
+            "head_l2": nn.Linear(512, 128),
+            "head_l3": nn.Linear(128, 1, bias=False),
+        })  # fmt: skip
+        # Action token ids are [action_begin, action_end), the last 256 of the tokenizer; a LARGER id is a SMALLER value.
+        self.action_end = text.vocab_size - config["pad_to_multiple_of"]
+        self.action_begin = self.action_end - config["n_action_bins"]
+        self.select_norm_stats(unnorm_key)
+        self.tokenizer = None
+        self._prompt_ids = {}
+
+    def init_value_head(self):
+        """N(0, 0.02), zero bias: what RL4VLA's value head effectively starts from."""
+        for name, p in self.value_head.named_parameters():
+            nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
+
+    def init_action_tokens(self):
+        """Neighbouring bins start with neighbouring embeddings, so that a bin never seen in a demonstration is not noise.
+
+        Random Fourier features of the bin's value; only for training from scratch, where no pretraining has done it.
+        """
+        x = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
+        for table in (self.language_model.model.embed_tokens.weight, self.language_model.lm_head.weight):
+            freq, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
+            std = self.language_model.config.initializer_range
+            table.data[self.action_begin : self.action_end] = torch.cos(x * freq + phase) * std * 2**0.5
+
+    # -------------------------------------------------------------------- inputs
+    @property
+    def device(self):
+        return self.value_head["head_l3"].weight.device
+
+    @property
+    def dtype(self):
+        return self.language_model.model.norm.weight.dtype
+
+    def preprocess(self, images_uint8):
+        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32. Aspect ratio is not kept, nothing is cropped ("resize-naive")."""
+        if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
+            raise PolicyError(
+                f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
+            )
+        x = images_uint8.to(self.device).permute(0, 3, 1, 2).float()
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+            x = x.clamp(0, 255).round()  # back to grey levels, as the uint8 route of RLinf does
+        x = (x / 255).repeat(1, 2, 1, 1)
+        return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+
+    def tokenize(self, instructions, prompt=None):
+        """List of B str -> input_ids, attention_mask (B, T): padded on the left, then BOS moved to column 0.
+
+        The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
+        """
+        if self.tokenizer is None:
+            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add the file.")
+        prompt = prompt or self.config.get("_prompt", PROMPT)
+        for key in {(prompt, text) for text in instructions} - self._prompt_ids.keys():
+            self._prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
+        rows = [self._prompt_ids[prompt, text] for text in instructions]
+        length = max(map(len, rows))
+        pad = self.config["pad_token_id"]
+        ids = torch.tensor([row[:1] + [pad] * (length - len(row)) + row[1:] for row in rows])
+        mask = torch.tensor([[1] + [0] * (length - len(row)) + [1] * (len(row) - 1) for row in rows])
+        return ids.to(self.device), mask.to(self.device)
+
+    # -------------------------------------------------------------------- the distribution
+    def _prefix(self, pixel_values, input_ids):
+        """[BOS][patches][rest of the prompt] -> embeddings (B, L, H)."""
+        dino, siglip = pixel_values.to(self.dtype).split(3, dim=1)
+        towers = self.vision_backbone
+        x = torch.cat([towers["featurizer"](dino), towers["fused_featurizer"](siglip)], -1)  # (B, n, Dd + Ds)
+        x = self.projector["fc3"](F.gelu(self.projector["fc2"](F.gelu(self.projector["fc1"](x)))))
+        text = self.language_model.model.embed_tokens(input_ids)
+        return torch.cat([text[:, :1], x, text[:, 1:]], 1)
+
+    def _layout(self, attention_mask, num_patches):
+        """What each of L + 6 positions may see, (B, 1, L+6, L+6) bool, and its rotary position (pads do not count)."""
+        ones = attention_mask.new_ones(len(attention_mask), num_patches)
+        valid = torch.cat([attention_mask[:, :1], ones, attention_mask[:, 1:], ones[:, :6]], 1)  # (B, L + 6)
+        causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
+        return causal & valid.bool()[:, None, None, :], (valid.cumsum(1) - 1).clamp(min=0)
+
+    def _llama(self, x, mask, positions, cache=None):
+        """Llama's own layers on embeddings (B, Q, H), without its mask-guessing wrapper; after the final norm."""
+        llama = self.language_model.model
+        rotary = llama.rotary_emb(x, positions)
+        for layer in llama.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        return llama.norm(x)
+
+    def _heads(self, hidden):
+        """(B, Q, H) -> logits of the 256 action columns (B, Q, 256) in float32; the only place they are computed."""
+        lm_head, columns = self.language_model.lm_head, slice(self.action_begin, self.action_end)
+        hidden = hidden.float()
+        logits = hidden @ lm_head.weight[columns].float().T
+        return logits
+
+    def _value(self, hidden):
+        """(B, H) at the last prompt token, before any action token -> (B,) float32."""
+        x, head = hidden.float(), self.value_head
+        return head["head_l3"](F.gelu(head["head_l2"](F.gelu(head["head_l1"](x))))).squeeze(-1)
+
+    def forward(self, pixel_values, input_ids, attention_mask, action_tokens):
+        """Teacher-forced logits (B, 7, 256) and value (B,): token i is predicted from the position of token i - 1."""
+        x = self._prefix(pixel_values, input_ids)
+        mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
+        x = torch.cat([x, self.language_model.model.embed_tokens(action_tokens[:, :6])], 1)
+        hidden = self._llama(x, mask, positions)[:, -7:]
+        return self._heads(hidden), self._value(hidden[:, 0])
+
+    def action_logits(self, pixel_values, input_ids, attention_mask, action_tokens):
+        """Teacher-forced logits (B, 7, 256) float32 of the action tokens, in the order of their ids."""
+        return self(pixel_values, input_ids, attention_mask, action_tokens)[0]
+
+    @torch.no_grad()
+    def decode(self, pixel_values, input_ids, attention_mask, temperature=0.0):
+        """-> tokens (B, 7), logprob (B,), value (B,). Prefill once, then one position per token; 0 is argmax."""
+        x = self._prefix(pixel_values, input_ids)
+        mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
+        cache = KVCache(self.language_model.config, len(x), positions.shape[1], x)
+        tokens, logprob, value = [], 0.0, None
+        for i in range(7):
+            rows = slice(cache.start, cache.start + x.shape[1])
+            hidden = self._llama(x, mask[:, :, rows], positions[:, rows], cache)[:, -1]
+            cache.start = rows.stop
+            value = self._value(hidden) if i == 0 else value
+            logits = self._heads(hidden)  # (B, 256)
+            if temperature == 0:
+                index = logits.argmax(-1, keepdim=True)
+            else:
+                index = torch.multinomial(torch.softmax(logits / temperature, -1), 1)
+            logprob = logprob + logits.log_softmax(-1).gather(-1, index).squeeze(-1)
+            tokens.append(index + self.action_begin)
+            x = self.language_model.model.embed_tokens(tokens[-1])  # (B, 1, H)
+        return torch.cat(tokens, 1), logprob, value
+
+    # -------------------------------------------------------------------- actions
+    def select_norm_stats(self, key=None):
+        stats = self.config["norm_stats"]
+        key = key or ("bridge_orig" if "bridge_orig" in stats else next(iter(stats)))
+        if key not in stats:
+            raise PolicyError(f"norm_stats has no key {key!r}; choose one of {sorted(stats)}.")
+        self.unnorm_key, action = key, stats[key]["action"]
+        as64 = [torch.tensor(action[name], dtype=torch.float64) for name in ("q01", "q99")]
+        self._q01, self._q99 = as64
+        self._scaled = torch.tensor(action["mask"])
+        edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
+        self._edges, self._centers = edges, (edges[1:] + edges[:-1]) / 2
+
+    def env_action(self, tokens):
+        """(B, 7) ids -> (B, 7) float64: metres and radians by the 1st/99th percentile of the data, gripper -1/+1."""
+        unit = self._centers[(self.action_end - 1 - tokens.cpu()).clamp(0, len(self._centers) - 1)]
+        action = torch.where(self._scaled, 0.5 * (unit + 1) * (self._q99 - self._q01) + self._q01, unit)
+        is_open = action[:, 6] > 0.5 * (self._q01 + self._q99)[6]  # 0.5 where the data has 0..1 (Bridge)
+        action[:, 6] = torch.where(is_open, 1.0, -1.0)
+        return action.to(tokens.device)
+
+    def bin_tokens(self, unit):
+        """(B, 7) in [-1, 1] -> (B, 7) ids."""
+        unit = unit.double().cpu().clamp(-1, 1)
+        return (self.action_end - torch.bucketize(unit, self._edges, right=True)).to(self.device)
+
+    def action_tokens(self, actions):
+        """(B, 7) env units -> (B, 7) ids: the labels of behaviour cloning."""
+        actions = actions.double().cpu()
+        unit = 2 * (actions - self._q01) / (self._q99 - self._q01 + 1e-8) - 1
+        gripper = torch.where(actions > 0, self._q99, self._q01)
+        return self.bin_tokens(torch.where(self._scaled, unit, gripper))
+
+    # -------------------------------------------------------------------- the interface of ppo_pair.py
+    @torch.no_grad()
+    def act(self, obs, instructions, temperature=1.0):
+        """rgb (B, H, W, 3) uint8 and B instructions -> Decision."""
+        tokens, logprob, value = self.decode(self.preprocess(obs["rgb"]), *self.tokenize(instructions), temperature)
+        return Decision(self.env_action(tokens).float()[:, None], tokens, logprob, value)
+
+    def evaluate(self, obs, instructions, latent):
+        """The same observation and action tokens (B, 7) -> Evaluation, with gradient."""
+        logits, value = self(self.preprocess(obs["rgb"]), *self.tokenize(instructions), latent)
+        logp = logits.log_softmax(-1)  # (B, 7, 256)
+        logprob = logp.gather(-1, (latent - self.action_begin)[..., None]).squeeze(-1).sum(1)  # (B, 7) -> (B,)
+        entropy = -(logp.exp() * logp).sum(-1).mean(1)  # (B, 7) -> (B,)
+        return Evaluation(logits, logprob, entropy, value)
+
+    def kl(self, p, q):
+        """KL(p || q) of two Evaluation.dist: exact over the bins, MEAN over the 7 tokens. (B, 7, 256) x2 -> (B,)."""
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean(1).clamp(min=0)  # clamp: rounding may leave -1e-8
+
+    @torch.no_grad()
+    def value(self, obs, instructions):
+        """Value (B,) of an observation: the prefill of `decode` alone, for bootstrapping."""
+        input_ids, attention_mask = self.tokenize(instructions)
+        x = self._prefix(self.preprocess(obs["rgb"]), input_ids)
+        mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
+        length = x.shape[1]
+        return self._value(self._llama(x, mask[:, :, :length, :length], positions[:, :length])[:, -1])
+
+    def save(self, directory, dtype=None):
+        """config.json, model.safetensors, value_head.safetensors, norm_stats.json; dtype (say float16) halves the file."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2))
+        (directory / "norm_stats.json").write_text(json.dumps(self.config["norm_stats"], indent=2))
+        weights, value_head = {}, {}
+        for key, tensor in self.state_dict().items():
+            tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+            if key.startswith("value_head."):
+                value_head[key.removeprefix("value_head.")] = tensor
+            else:
+                weights[key] = tensor
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        save_file(value_head, directory / "value_head.safetensors", {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------ loading
+class WordTokenizer:
+    """One id per word of the tiny vocabulary; the prompt ends in <out> as Llama's ends in 29871."""
+
+    def __init__(self, words):
+        self.ids = {word: i for i, word in enumerate(words)}
+
+    def __call__(self, text):
+        words = re.findall(r"<out>|\w+", text.lower().replace("out:", "<out>"))
+        for word in words:
+            if word not in self.ids:
+                raise PolicyError(f"the word {word!r} is not in the vocabulary of openvla-tiny (_word_vocab in config).")
+        return [self.ids[word] for word in ["<s>", *words]]
+
+
+def load_policy(backbone, checkpoint=None, *, dtype=None, device="cpu", unnorm_key=None):
+    """A policy ready to act. checkpoint: a directory; None gives openvla-tiny fresh random weights."""
+    if backbone not in BACKBONES:
+        raise PolicyError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
+    if checkpoint is None and backbone == "openvla-tiny":
+        policy = OpenVLA(OPENVLA_TINY, unnorm_key)
+        policy.init_action_tokens()
+        policy.init_value_head()
+    else:
+        directory = Path(checkpoint)
+        config = json.loads((directory / "config.json").read_text())
+        policy = OpenVLA(config, unnorm_key)
+        state = {}
+        for file, prefix in (("model.safetensors", ""), ("value_head.safetensors", "value_head.")):
+            try:
+                with safe_open(directory / file, "pt") as f:
+                    state |= {prefix + key: f.get_tensor(key).float() for key in f.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as e:
+                raise PolicyError(f"{directory / file} cannot be read: {e}.") from None
+        policy.load_state_dict(state)
+    policy.name = str(checkpoint or backbone)
+    if "_word_vocab" in policy.config:
+        policy.tokenizer = WordTokenizer(policy.config["_word_vocab"])
+    return policy.to(device).eval()
