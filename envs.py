@@ -1,0 +1,907 @@
+"""The pick-and-place task of PAIR-VLA in ManiSkill3: "put {object} on plate", its out-of-distribution splits, N at a time.
+
+    python envs.py --check                   # does this machine render? says what to install where it does not
+    python envs.py --gallery gallery.png     # one contact sheet: every split, the pair of views, the mask
+
+An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length; success does not end it.
+The simulator never renders by itself: a picture is taken where a policy looks, and a changed view is one more picture
+(views.py). `make_envs` spreads N environments over worker processes, one per core, and hands out batched torch tensors.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("LP_NUM_THREADS", "0")  # lavapipe renders in the calling thread: one process per core, no contention
+
+import colorsys
+import importlib
+import mmap
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import sapien
+import torch
+import tyro
+from mani_skill import PACKAGE_ASSET_DIR
+from mani_skill.agents.controllers import PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
+from mani_skill.agents.registration import register_agent
+from mani_skill.agents.robots.panda.panda import Panda
+from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import sapien_utils
+from mani_skill.utils.registration import register_env
+from mani_skill.utils.structs.types import SimConfig
+from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
+from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial, RenderTexture2D
+from transforms3d.euler import euler2quat
+
+if __name__ == "__main__":
+    sys.modules["envs"] = sys.modules["__main__"]  # views.py then imports this very module, not a second copy of it
+
+ENV_ID = "PairVLA-PutOnPlate-v0"
+TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
+
+
+class Fault(Exception):
+    """Something the user can mend: one sentence that says what is wrong and what to do. Command lines exit with 2 on it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits and episodes (paper Appendix B, section 5.5)
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Split:
+    """One evaluation setting; every field not named is as in training (Appendix B.4)."""
+
+    held_out_tables: bool = False
+    """table textures 16-20 instead of 0-15 (B.1)"""
+    held_out_lights: bool = False
+    """one of the 20 light conditions never seen in training (B.2)"""
+    held_out_poses: bool = False
+    """target on the outer border of the enlarged square, at a yaw not seen in training (B.3)"""
+    distractors: int = 1
+    """1: one training object. k > 1: half training objects, half held-out objects (B.4, "Distractor-k")"""
+    camera_deg: float = 0.0
+    """orbit of the camera about the vertical axis through the workspace, degrees (5.5)"""
+
+
+SPLITS = {
+    "train": Split(),
+    "texture": Split(held_out_tables=True),
+    "lighting": Split(held_out_lights=True),
+    "pose": Split(held_out_poses=True),
+    **{f"clutter-{k}": Split(distractors=k) for k in (2, 4, 6, 8)},
+}
+
+
+def parse_split(name: str) -> Split:
+    """The Split called `name`: one of SPLITS, or camera+N / camera-N for an orbit of N degrees (|N| <= 90)."""
+    if name in SPLITS:
+        return SPLITS[name]
+    match = re.fullmatch(r"camera([+-]\d+(?:\.\d+)?)", name)
+    if match is None:
+        raise Fault(f"unknown split {name!r}: choose from {', '.join(SPLITS)}, camera+N or camera-N (degrees)")
+    if abs(float(match[1])) > 90:
+        raise Fault(f"split {name!r}: the camera can turn by at most 90 degrees")
+    return Split(camera_deg=float(match[1]))
+
+
+@dataclass(frozen=True)
+class Light:
+    """Ambient light, a key light and two fill lights (B.2): colours are linear RGB, directions point away from the light."""
+
+    ambient: tuple = (0.3, 0.3, 0.3)
+    key_direction: tuple = (0.0, 0.0, -1.0)
+    key: tuple = (2.2, 2.2, 2.2)
+    fill_directions: tuple = ((-1.0, -0.5, -1.0), (1.0, 1.0, -1.0))
+    fill: tuple = (0.7, 0.7, 0.7)
+
+
+def held_out_lights() -> list[Light]:
+    """The 20 held-out conditions: 5 key directions x (dim, bright, warm, cold). OPEN: the paper does not list its 20."""
+    lights = []
+    for x, y, z in ((1, 0, -0.6), (-1, 0, -0.6), (0, 1, -0.6), (0, -1, -0.6), (0.3, 0.3, -1)):
+        fills = ((-y - 0.3, x - 0.3, -1), (y + 0.3, 0.3 - x, -1))
+        for ambient, key, fill in (
+            ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),  # dim
+            ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),  # bright
+            ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
+            ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
+        ):
+            lights.append(Light(ambient, (x, y, z), key, fills, tuple(fill * c / max(key) for c in key)))
+    return lights
+
+
+LIGHTS = [Light(), *held_out_lights()]  # 0: training; 1-20: held out
+
+CENTER, HALF_EDGE = np.array([-0.16, 0.0]), 0.075  # the training square in metres (B.3)
+
+
+def _lattice(low: int, high: int) -> np.ndarray:
+    """(n, 2) world xy of grid indices low..high-1 squared; indices 0..5 are the 36 training points, 3 cm apart."""
+    index = np.arange(low, high)
+    grid = np.stack(np.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
+    return CENTER + HALF_EDGE * (grid / 2.5 - 1)
+
+
+GRID = _lattice(0, 6)  # 36 training positions
+RING = _lattice(-1, 7)[(np.abs(_lattice(-1, 7) - CENTER) > 0.1).any(1)]  # 28 points on the border at 10.5 cm
+WIDE = _lattice(-4, 10)  # where clutter goes when the training square is full
+TRAIN_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])
+HELD_OUT_YAWS = -np.deg2rad([22.5, 67.5, 112.5, 157.5])
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Everything that defines one episode. Objects and tables are indices into the pack, angles radians, xy metres."""
+
+    target: int
+    target_xy: tuple
+    target_yaw: float
+    plate_xy: tuple
+    distractors: tuple  # object indices
+    distractor_xy: tuple
+    distractor_yaw: tuple
+    table: int
+    light: int
+    camera_deg: float
+
+
+def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
+    """Episode number `episode_id` (0 <= id < 2**63) of `split`.
+
+    Each factor has a random stream of its own, so episode i has the same target, plate, table draw and light draw in
+    every split, and policies can be compared episode by episode.
+    """
+    s = parse_split(split)
+    stream = [np.random.default_rng([episode_id, factor]) for factor in range(7)]
+    target = int(stream[0].integers(16))
+    train_others = stream[1].permutation([i for i in range(16) if i != target])
+    held_out = stream[2].permutation(np.arange(16, 25))
+    n_held_out = s.distractors // 2
+    distractors = [int(i) for i in (*train_others[: s.distractors - n_held_out], *held_out[:n_held_out])]
+
+    # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
+    def far(a, b, gap):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap
+
+    targets = RING if s.held_out_poses else GRID
+    target_plate = far(targets, GRID, pack.plate_gap(target))
+    distractor_plate = far(GRID, GRID, pack.plate_gap(distractors[0]))
+    triples = np.argwhere(target_plate[:, :, None] & distractor_plate.T[None] & far(targets, GRID, 0.15)[:, None, :])
+    t, p, d = triples[stream[3].integers(len(triples))]
+    yaw = int(stream[4].integers(4))
+
+    placed, yaws = [GRID[d]], [TRAIN_YAWS[yaw]]
+    radii = [pack.radius(target), pack.plate_radius, pack.radius(distractors[0])]
+    for i in distractors[1:]:  # first free point of the training grid, then of its border, then of a wider patch
+        points = np.concatenate([stream[5].permutation(points) for points in (GRID, RING, WIDE)])
+        gaps = np.linalg.norm(points[:, None] - np.array([targets[t], GRID[p], *placed]), axis=-1)
+        clearance = (gaps - np.array(radii) - pack.radius(i)).min(1)
+        free = np.flatnonzero(clearance > 0.005)
+        placed.append(points[free[0] if len(free) else clearance.argmax()])
+        radii.append(pack.radius(i))
+        yaws.append(TRAIN_YAWS[stream[5].integers(4)])
+    table, held_out_table = int(stream[6].integers(16)), int(stream[6].integers(16, 21))
+    light = int(stream[6].integers(1, 21))
+    return Episode(
+        target=target,
+        target_xy=tuple(targets[t]),
+        target_yaw=float((HELD_OUT_YAWS if s.held_out_poses else TRAIN_YAWS)[yaw]),
+        plate_xy=tuple(GRID[p]),
+        distractors=tuple(distractors),
+        distractor_xy=tuple(map(tuple, placed)),
+        distractor_yaw=tuple(float(y) for y in yaws),
+        table=held_out_table if s.held_out_tables else table,
+        light=light if s.held_out_lights else 0,
+        camera_deg=s.camera_deg,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Asset pack `builtin`: nothing to download
+# ----------------------------------------------------------------------------------------------------------------------
+COLORS = dict(
+    red=(0.85, 0.1, 0.1), green=(0.1, 0.65, 0.15), blue=(0.12, 0.25, 0.85), yellow=(0.95, 0.85, 0.1),
+    orange=(0.98, 0.5, 0.05), purple=(0.5, 0.15, 0.65), cyan=(0.1, 0.75, 0.8), pink=(0.98, 0.5, 0.7),
+    brown=(0.45, 0.25, 0.1), white=(0.93, 0.93, 0.93), black=(0.08, 0.08, 0.08), gray=(0.5, 0.5, 0.5),
+    lime=(0.6, 0.9, 0.2), navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
+)  # fmt: skip
+UPRIGHT = euler2quat(0, -np.pi / 2, 0)  # SAPIEN's cylinders and capsules lie along x; this stands them up
+
+
+def _box(color, x, y, z, at=(0, 0, 0)):
+    return "box", color, (x / 2, y / 2, z / 2), at, (1, 0, 0, 0), (x / 2, y / 2, z / 2)
+
+
+def _ball(color, radius, at=(0, 0, 0)):
+    return "sphere", color, (radius,), at, (1, 0, 0, 0), (radius, radius, radius)
+
+
+def _can(color, radius, height, at=(0, 0, 0)):
+    return "cylinder", color, (radius, height / 2), at, UPRIGHT, (radius, radius, height / 2)
+
+
+def _rod(color, radius, length, at=(0, 0, 0)):
+    return "cylinder", color, (radius, length / 2), at, (1, 0, 0, 0), (length / 2, radius, radius)
+
+
+def _pill(color, radius, length, at=(0, 0, 0)):
+    return "capsule", color, (radius, length / 2), at, (1, 0, 0, 0), (length / 2 + radius, radius, radius)
+
+
+# name, symmetry, parts. Symmetry is how the fingers may close on it: "round" from any side, "square" along x or y,
+# "long" across its long side, which is the object's x axis. The first 16 are for training, the last 9 are held out.
+OBJECTS = [
+    ("red cube", "square", [_box("red", 0.04, 0.04, 0.04)]),
+    ("green bar", "long", [_box("green", 0.09, 0.03, 0.03)]),
+    ("blue can", "round", [_can("blue", 0.022, 0.06)]),
+    ("yellow ball", "round", [_ball("yellow", 0.024)]),
+    ("orange capsule", "long", [_pill("orange", 0.018, 0.06)]),
+    ("purple cross", "square", [_box("purple", 0.08, 0.026, 0.03), _box("purple", 0.026, 0.08, 0.03)]),
+    ("dumbbell", "long", [_rod("gray", 0.01, 0.06), _ball("black", 0.02, (-0.035, 0, 0)), _ball("black", 0.02, (0.035, 0, 0))]),
+    ("cyan block", "long", [_box("cyan", 0.06, 0.04, 0.025)]),
+    ("pink L", "long", [_box("pink", 0.08, 0.026, 0.03), _box("pink", 0.026, 0.05, 0.03, (-0.027, 0.038, 0))]),
+    ("brown stick", "long", [_box("brown", 0.12, 0.022, 0.022)]),
+    ("mushroom", "round", [_can("white", 0.012, 0.035), _ball("red", 0.023, (0, 0, 0.027))]),
+    ("house", "square", [_box("tan", 0.04, 0.04, 0.03), _box("red", 0.028, 0.042, 0.028, (0, 0, 0.02))]),
+    ("striped can", "round", [_can("white", 0.02, 0.02, (0, 0, -0.02)), _can("red", 0.02, 0.02), _can("white", 0.02, 0.02, (0, 0, 0.02))]),
+    ("domino", "long", [_box("black", 0.035, 0.035, 0.03, (-0.0175, 0, 0)), _box("white", 0.035, 0.035, 0.03, (0.0175, 0, 0))]),
+    ("lime disc", "round", [_can("lime", 0.032, 0.025)]),
+    ("traffic light", "long", [_box("gray", 0.09, 0.028, 0.022), _ball("red", 0.012, (-0.028, 0, 0.012)),
+                               _ball("yellow", 0.012, (0, 0, 0.012)), _ball("green", 0.012, (0.028, 0, 0.012))]),
+    ("navy T", "long", [_box("navy", 0.08, 0.026, 0.03), _box("navy", 0.026, 0.05, 0.03, (0, 0.038, 0))]),
+    ("teal cylinder", "long", [_rod("teal", 0.018, 0.08)]),
+    ("snowman", "round", [_ball("white", 0.024), _ball("white", 0.016, (0, 0, 0.034))]),
+    ("orange cube", "square", [_box("orange", 0.045, 0.045, 0.035)]),
+    ("blue stick", "long", [_pill("blue", 0.012, 0.11)]),
+    ("pyramid", "square", [_box("yellow", 0.06, 0.06, 0.016), _box("orange", 0.04, 0.04, 0.016, (0, 0, 0.016)), _box("red", 0.022, 0.022, 0.016, (0, 0, 0.032))]),
+    ("hammer", "long", [_rod("tan", 0.01, 0.09, (-0.02, 0, 0)), _box("gray", 0.03, 0.05, 0.03, (0.035, 0, 0))]),
+    ("bowtie", "long", [_box("purple", 0.03, 0.05, 0.026, (-0.028, 0, 0)), _box("pink", 0.03, 0.02, 0.02), _box("purple", 0.03, 0.05, 0.026, (0.028, 0, 0))]),
+    ("black puck", "round", [_can("black", 0.03, 0.022)]),
+]  # fmt: skip
+
+
+def table_texture(index: int, size: int = 256) -> np.ndarray:
+    """Table top number `index`: uint8 (size, size, 3), a pure function of the index (7 patterns, 21 pairs of colours)."""
+    rng = np.random.default_rng(1000 + index)
+    y, x = np.mgrid[0:size, 0:size] / size
+    hue, freq = (index * 0.381966) % 1.0, rng.integers(10, 20)
+    first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.9)))
+    second = np.array(colorsys.hsv_to_rgb((hue + rng.uniform(0.08, 0.38)) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.35, 0.85)))
+    pattern = index % 7
+    if pattern == 0:  # wood grain
+        t = 0.5 + 0.5 * np.sin(2 * np.pi * freq * (x + 0.03 * np.sin(6 * np.pi * y)))
+    elif pattern == 1:  # checks
+        t = (np.floor(x * freq) + np.floor(y * freq)) % 2
+    elif pattern == 2:  # stripes
+        t = np.sin(2 * np.pi * freq * (x + y)) > 0
+    elif pattern == 3:  # mosaic
+        t = np.kron(rng.random((64, 64)), np.ones((size // 64, size // 64)))
+    elif pattern == 4:  # marble
+        waves = [np.abs(np.sin(2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(0, 6))) / 2**o for o in range(4)]
+        t = sum(waves) / np.max(sum(waves))
+    elif pattern == 5:  # dots
+        t = ((x * freq) % 1 - 0.5) ** 2 + ((y * freq) % 1 - 0.5) ** 2 < 0.08
+    else:  # speckle
+        t = np.clip(0.5 + 0.25 * rng.standard_normal((size, size)), 0, 1)
+    t = np.asarray(t, float)[..., None]
+    return np.uint8(255 * np.clip(first * (1 - t) + second * t + 0.02 * rng.standard_normal((size, size, 1)), 0, 1))
+
+
+def light_panda_urdf() -> str:
+    """Path of a Panda whose visual meshes are its 2 k-triangle collision meshes.
+
+    The original ones have 136 k triangles, which cost about 40 ms a frame on a CPU renderer. The srdf must lie beside the
+    urdf: without it adjacent links collide with each other.
+    """
+    source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
+    tree = ElementTree.parse(source)
+    for link in tree.getroot().findall("link"):
+        dark = link.get("name") in ("panda_link7", "panda_hand", "panda_leftfinger", "panda_rightfinger")
+        for shape in (*link.findall("visual"), *link.findall("collision")):
+            mesh = shape.find("geometry/mesh")
+            if mesh is None:
+                continue
+            name = mesh.get("filename")
+            if shape.tag == "visual":
+                name = name.replace("/visual/", "/collision/").replace(".glb", ".stl")
+                for old in shape.findall("material"):
+                    shape.remove(old)
+                material = ElementTree.SubElement(shape, "material", name="dark" if dark else "light")
+                ElementTree.SubElement(material, "color", rgba=".25 .25 .27 1" if dark else ".9 .9 .88 1")
+            mesh.set("filename", str(source.parent / name))
+    folder = Path(tempfile.mkdtemp(prefix="pair_vla_"))  # one per process: workers must not read a half-written file
+    tree.write(folder / "panda_light.urdf")
+    shutil.copy(source.with_suffix(".srdf"), folder / "panda_light.srdf")
+    return str(folder / "panda_light.urdf")
+
+
+class BuiltinPack:
+    """Panda, 25 procedural objects, 21 procedural tables. DEVIATION: made for two CPU cores, so a camera in front of the
+    robot, steps of up to 6 cm and episodes of 20 steps instead of the paper's 3 cm and 80."""
+
+    name = "builtin"
+    robot_uid = "panda_light"
+    base_pose = sapien.Pose([0.30, 0.028, 0.870], [0, 0, 0, 1])
+    init_qpos = np.array([0.0408, -0.2736, 0.0411, -2.8293, 0.0237, 2.523, 0.8458, 0.04, 0.04])
+    camera_eye, camera_at, camera_fov = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945]), np.deg2rad(38)
+    image_size = 96
+    sim_freq, control_freq = 100, 5
+    max_episode_steps = 20
+    grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
+    names = [name for name, _, _ in OBJECTS]
+    plate_radius, plate_size = 0.055, np.array([0.11, 0.11, 0.012])
+
+    def __init__(self):
+        self.sizes, self.offsets = [], []  # metres; offset puts the middle of the bounding box at the object's origin
+        for _, _, parts in OBJECTS:
+            low = np.min([np.subtract(at, half) for _, _, _, at, _, half in parts], 0)
+            high = np.max([np.add(at, half) for _, _, _, at, _, half in parts], 0)
+            self.sizes.append(high - low)
+            self.offsets.append(-(low + high) / 2)
+        self._tables = None
+
+    def radius(self, i: int) -> float:
+        """Radius in metres of the circle around object i seen from above."""
+        return float(np.linalg.norm(self.sizes[i][:2])) / 2
+
+    def plate_gap(self, i: int) -> float:
+        """Least distance in metres between the centres of object i and the plate: RL4VLA's 7 cm, more for long objects."""
+        return max(0.07, self.plate_radius + max(self.sizes[i][:2]) / 2 + 0.005)
+
+    def spawn_z(self, i: int) -> float:
+        """Height of object i's centre at reset: 2 mm above the table, so that nothing bounces or rolls away."""
+        return TABLE_Z + self.sizes[i][2] / 2 + 0.002
+
+    def build_object(self, i, builder, material):
+        for kind, color, dims, at, rotation, _ in OBJECTS[i][2]:
+            pose = sapien.Pose(np.array(at) + self.offsets[i], rotation)
+            look = RenderMaterial(base_color=[*(c**2.2 for c in COLORS[color]), 1], roughness=0.6, specular=0.3)
+            args = (dims,) if kind == "box" else dims  # a box takes its half sizes as one argument
+            for shape, options in (("collision", dict(material=material, density=600)), ("visual", dict(material=look))):
+                {
+                    "box": (builder.add_box_collision, builder.add_box_visual),
+                    "sphere": (builder.add_sphere_collision, builder.add_sphere_visual),
+                    "cylinder": (builder.add_cylinder_collision, builder.add_cylinder_visual),
+                    "capsule": (builder.add_capsule_collision, builder.add_capsule_visual),
+                }[kind][shape == "visual"](pose, *args, **options)
+
+    def build_plate(self, builder, material):
+        for radius, z, shade in ((0.042, -0.003, (0.85, 0.85, 0.88)), (0.055, 0.003, (0.95, 0.95, 0.98))):
+            pose = sapien.Pose([0, 0, z], UPRIGHT)
+            builder.add_cylinder_collision(pose, radius, 0.003, material=material, density=1000)
+            builder.add_cylinder_visual(pose, radius, 0.003, material=RenderMaterial(base_color=[*shade, 1], roughness=0.5))
+        look = RenderMaterial(base_color=[0.55, 0.62, 0.75, 1], roughness=0.5)
+        builder.add_cylinder_visual(sapien.Pose([0, 0, 0.0055], UPRIGHT), 0.038, 0.001, material=look)
+
+    def table_materials(self) -> list[RenderMaterial]:
+        """21 materials, made once per process and shared by all its scenes."""
+        if self._tables is None:
+            self._tables = []
+            for i in range(21):
+                rgba = np.dstack([table_texture(i), np.full((256, 256), 255, np.uint8)])
+                material = RenderMaterial(roughness=0.9, specular=0.05)
+                material.base_color_texture = RenderTexture2D(rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True)
+                self._tables.append(material)
+        return self._tables
+
+
+PACKS = {"builtin": BuiltinPack()}
+
+
+@register_agent()
+class LightPanda(Panda):
+    """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler radians), accumulated on
+    the commanded pose; gripper > 0 opens."""
+
+    uid = "panda_light"
+    urdf_path = light_panda_urdf()
+
+    @property
+    def _sensor_configs(self):
+        return []
+
+    @property
+    def _controller_configs(self):
+        arm = PDEEPoseControllerConfig(
+            self.arm_joint_names, pos_lower=-1.0, pos_upper=1.0, rot_lower=-np.pi / 2, rot_upper=np.pi / 2, stiffness=1e3,
+            damping=1e2, force_limit=100, ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
+            use_target=False,  # DEVIATION: RL4VLA accumulates targets; here what the camera sees is all there is to know
+        )  # fmt: skip
+        gripper = PDJointPosMimicControllerConfig(
+            self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2, force_limit=100,
+            normalize_action=True, drive_mode="force", mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
+        )  # fmt: skip
+        return {"pd_ee_target_delta_pose": dict(arm=arm, gripper=gripper)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+# ----------------------------------------------------------------------------------------------------------------------
+@register_env(ENV_ID, max_episode_steps=20)
+class PutOnPlate(BaseEnv):
+    """One scene. `reset(options=dict(episode_ids=[i], split="train"))`, `step(action (7,))`, then `picture()` to look.
+
+    success (RL4VLA): the target touches the plate (> 0.03 N) and lies over it. Reward (Appendix B, values of RL4VLA):
+    R_t = 0.1 ever grasped + 0.1 ever grasped for a few steps on end + 1.0 (success and ever grasped), paid as R_t - R_{t-1}.
+    """
+
+    SUPPORTED_OBS_MODES = ["none"]
+    SUPPORTED_REWARD_MODES = ["none"]
+
+    def __init__(self, *args, pack: str = "builtin", image_size: int | None = None, **kwargs):
+        self.pack = PACKS[pack]
+        self.image_size = image_size or self.pack.image_size
+        self.episode = None
+        super().__init__(*args, robot_uids=self.pack.robot_uid, **kwargs)
+
+    @property
+    def _default_sim_config(self):
+        return SimConfig(sim_freq=self.pack.sim_freq, control_freq=self.pack.control_freq, spacing=20)
+
+    @property
+    def _default_sensor_configs(self):  # the camera sits on a body, so that turning it is setting a pose
+        return [
+            CameraConfig("camera", sapien.Pose(), self.image_size, self.image_size, self.pack.camera_fov, 0.01, 10,
+                         mount=self.camera_mount, shader_pack="minimal")
+        ]  # fmt: skip
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return []
+
+    # ------------------------------------------------------------------------------------------------------ scene
+    def _load_agent(self, options):
+        super()._load_agent(options, self.pack.base_pose)
+
+    def _load_scene(self, options):
+        def static_box(name, half_size, at, visual=None):
+            builder = self.scene.create_actor_builder()
+            builder.add_box_collision(half_size=half_size)
+            if visual is not None:
+                builder.add_box_visual(half_size=half_size, material=visual)
+            builder.initial_pose = sapien.Pose(at)
+            builder.build_static(name)
+
+        static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
+        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], RenderMaterial(base_color=[0.35, 0.36, 0.38, 1]))
+        builder = self.scene.create_actor_builder()
+        builder.initial_pose = sapien.Pose()
+        self.camera_mount = builder.build_kinematic("camera_mount")
+        self.table_tops = []  # thin pictures of a table; the one in use lies on the table, the others below the floor
+        for i, material in enumerate(self.pack.table_materials()):
+            builder = self.scene.create_actor_builder()
+            builder.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
+            builder.initial_pose = sapien.Pose([0, 0, -5 - 0.1 * i])
+            self.table_tops.append(builder.build_kinematic(f"table_top_{i}"))
+        friction = PhysxMaterial(1.0, 1.0, 0.0)
+        self.objects = []
+        for i, name in enumerate(self.pack.names):
+            builder = self.scene.create_actor_builder()
+            self.pack.build_object(i, builder, friction)
+            builder.initial_pose = self._parked(i)
+            actor = builder.build(name)
+            # PhysX has no rolling friction: without damping round objects roll off the table
+            actor._objs[0].find_component_by_type(PhysxRigidDynamicComponent).angular_damping = 5.0
+            self.objects.append(actor)
+        builder = self.scene.create_actor_builder()
+        self.pack.build_plate(builder, friction)
+        builder.initial_pose = sapien.Pose([0, 0, 1.2])
+        self.plate = builder.build("plate")
+
+    @staticmethod
+    def _parked(i: int) -> sapien.Pose:
+        return sapien.Pose([2.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # on the floor, out of sight, asleep
+
+    def _load_lighting(self, options):
+        self.scene.set_ambient_light(list(LIGHTS[0].ambient))
+        for direction in (LIGHTS[0].key_direction, *LIGHTS[0].fill_directions):
+            self.scene.add_directional_light(list(direction), [1, 1, 1])  # no shadow: it would draw everything twice
+
+    def _after_reconfigure(self, options):
+        scene = self.scene.sub_scenes[0]
+        self.lights = [c for e in scene.entities for c in e.components if isinstance(c, RenderDirectionalLightComponent)]
+        self.camera = self.scene.sensors["camera"].camera._render_cameras[0]
+        self.links = [link._objs[0].entity for link in self.agent.robot.get_links()]
+        self.fingers = [self.agent.finger1_link._objs[0].entity, self.agent.finger2_link._objs[0].entity]
+        self.tcp_entity = self.agent.tcp._objs[0].entity
+        self.plate_entity = self.plate._objs[0]
+        self.table_now, self.shown = None, None
+
+    def set_light(self, light: Light):
+        self.scene.sub_scenes[0].render_system.ambient_light = list(light.ambient)
+        directions = (light.key_direction, *light.fill_directions)
+        for lamp, direction, color in zip(self.lights, directions, (light.key, light.fill, light.fill), strict=True):
+            lamp.color = list(color)
+            lamp.entity.pose = sapien.Pose([0, 0, 0], sapien.math.shortest_rotation([1, 0, 0], list(direction)))
+
+    def set_camera(self, degrees: float):
+        """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the paper says "rotation"."""
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        center = np.array([*CENTER, 0])
+        eye, at = (center + turn @ (p - center) for p in (self.pack.camera_eye, self.pack.camera_at))
+        self.camera_mount._objs[0].pose = sapien_utils.look_at(eye, at).sp
+
+    def set_table(self, index: int):
+        if self.table_now is not None:
+            self.table_tops[self.table_now]._objs[0].pose = sapien.Pose([0, 0, -5 - 0.1 * self.table_now])
+        self.table_tops[index]._objs[0].pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
+        self.table_now = index
+
+    # ------------------------------------------------------------------------------------------------------ episode
+    def _initialize_episode(self, env_idx, options):
+        if self.num_envs != 1:
+            raise Fault("this environment simulates one scene per environment on a CPU: use make_envs for many")
+        if "episode_ids" in options:
+            self.episode_id = int(options["episode_ids"][0])
+        else:  # plain gymnasium use: reset(seed=...)
+            self.episode_id = int(self._batched_episode_rng[0].randint(2**31 - 1))
+        self.episode = sample_episode(self.episode_id, options["split"] if "split" in options else "train", self.pack)
+        e, pack = self.episode, self.pack
+        self.set_light(LIGHTS[e.light])
+        self.set_camera(e.camera_deg)
+        self.set_table(e.table)
+        in_use = {e.target: (e.target_xy, e.target_yaw)}
+        in_use.update(zip(e.distractors, zip(e.distractor_xy, e.distractor_yaw)))
+        for i, actor in enumerate(self.objects):
+            entity = actor._objs[0]
+            body = entity.find_component_by_type(PhysxRigidDynamicComponent)
+            if i in in_use:
+                xy, yaw = in_use[i]
+                entity.pose = sapien.Pose([*xy, pack.spawn_z(i)], euler2quat(0, 0, yaw))
+            elif self.shown is None or i in self.shown:
+                entity.pose = self._parked(i)
+            else:
+                continue
+            body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
+            entity.find_component_by_type(RenderBodyComponent).visibility = float(i in in_use)
+        self.shown = set(in_use)
+        self.plate_entity.pose = sapien.Pose([*e.plate_xy, TABLE_Z + 0.008])
+        plate_body = self.plate_entity.find_component_by_type(PhysxRigidDynamicComponent)
+        plate_body.linear_velocity, plate_body.angular_velocity = np.zeros(3), np.zeros(3)
+
+        # Settle with the robot a metre up: it still chases its last targets until its controller is reset, after this.
+        self.agent.robot.set_pose(sapien.Pose(pack.base_pose.p + [0, 0, 1.0], pack.base_pose.q))
+        self.agent.reset(init_qpos=pack.init_qpos)
+        for _ in range(int(0.3 * pack.sim_freq)):
+            self.scene.step()
+        self.agent.robot.set_pose(pack.base_pose)
+        self.agent.reset(init_qpos=pack.init_qpos)
+
+        self.target = self.objects[e.target]
+        self.target_entity = self.target._objs[0]
+        rotation = self.target_entity.pose.to_transformation_matrix()[:3, :3]
+        self.target_half_z = float((np.abs(rotation) @ pack.sizes[e.target])[2] / 2)
+        self.grasped, self.streak, self.best_streak = False, 0, 0
+        self.ever_grasped, self.success, self.success_once = False, False, False
+        self.return_so_far, self.elapsed = 0.0, 0
+
+    @property
+    def instruction(self) -> str:
+        return f"put {self.pack.names[self.episode.target]} on plate"
+
+    def contact_forces(self) -> np.ndarray:
+        """(3, 3) newtons that the two fingers and the plate exert on the target: one pass over the contact list."""
+        others = [*self.fingers, self.plate_entity]
+        forces = np.zeros((3, 3))
+        for contact in self.scene.px.get_contacts():
+            first, second = contact.bodies[0].entity, contact.bodies[1].entity
+            if self.target_entity not in (first, second):
+                continue
+            other, sign = (second, 1) if first == self.target_entity else (first, -1)
+            for j, entity in enumerate(others):
+                if other == entity:
+                    forces[j] += sign * sum(point.impulse for point in contact.points)
+        return forces / self.scene.px.timestep
+
+    def evaluate(self):
+        if self.episode is None:
+            return {}
+        forces = self.contact_forces()
+        pressed = []  # ManiSkill's Panda.is_grasping: at least 0.5 N within 85 degrees of the direction the finger closes
+        for force, finger, sign in zip(forces, self.fingers, (-1, 1)):
+            norm = float(np.linalg.norm(force))
+            closing = sign * finger.pose.to_transformation_matrix()[:3, 1]
+            pressed.append(norm >= 0.5 and float(force @ closing) / norm >= np.cos(np.deg2rad(85)))
+        self.grasped = all(pressed)
+        self.streak = self.streak + 1 if self.grasped else 0
+        self.best_streak = max(self.best_streak, self.streak)
+        self.ever_grasped |= self.grasped
+        offset = self.target_entity.pose.p - self.plate_entity.pose.p
+        self.success = bool(
+            np.linalg.norm(offset[:2]) <= self.pack.plate_radius + 0.01
+            and 0 < offset[2] <= self.pack.plate_size[2] / 2 + self.target_half_z + 0.05
+            and np.linalg.norm(forces[2]) > 0.03
+        )
+        self.success_once |= self.success
+        return dict(success=torch.tensor([self.success]))
+
+    def reward(self) -> float:
+        """R_t - R_{t-1}; call once per step."""
+        total = 0.1 * self.ever_grasped + 0.1 * (self.best_streak >= self.pack.grasp_streak)
+        total += 1.0 * (self.success and self.ever_grasped)
+        reward, self.return_so_far = total - self.return_so_far, total
+        return reward
+
+    def state(self) -> np.ndarray:
+        """(8,) float32: the arm's 7 joint angles (radians) and one finger's opening (metres)."""
+        return self.agent.robot._objs[0].qpos[:8].astype(np.float32)
+
+    # ------------------------------------------------------------------------------------------------------ pictures
+    def picture(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W) int16."""
+        self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        self.camera.take_picture()
+        return self.camera.get_picture("Color")[..., :3], self.camera.get_picture("PositionSegmentation")[..., 3]
+
+    def foreground(self, ids: np.ndarray) -> np.ndarray:
+        """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the plate."""
+        keep = np.zeros(1024, bool)
+        keep[[link.per_scene_id for link in self.links]] = True
+        keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
+        return keep[ids]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# N environments over worker processes
+# ----------------------------------------------------------------------------------------------------------------------
+def _layout(n: int, size: int, alter: bool):
+    """Name, shape and dtype of every array that the workers and the main process share."""
+    fields = [("rgb", (n, size, size, 3), np.uint8), ("mask", (n, size, size), np.bool_), ("state", (n, 8), np.float32)]
+    if alter:
+        fields.append(("rgb_alt", (n, size, size, 3), np.uint8))
+    return fields + [("reward", (n,), np.float32), ("success", (n,), np.bool_), ("success_once", (n,), np.bool_),
+                     ("grasped", (n,), np.bool_), ("episode_return", (n,), np.float32)]  # fmt: skip
+
+
+def _map_arrays(buffer, layout) -> dict[str, np.ndarray]:
+    arrays, offset = {}, 0
+    for name, shape, dtype in layout:
+        arrays[name] = np.ndarray(shape, dtype, buffer, offset)
+        offset += _padded(shape, dtype)
+    return arrays
+
+
+def _padded(shape, dtype) -> int:
+    return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
+
+
+def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
+    """One bare environment in this process."""
+    if assets not in PACKS:
+        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    try:
+        env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=1, sim_backend="cpu", render_backend="cpu",
+                       pack=assets, image_size=image_size)  # fmt: skip
+    except RuntimeError as error:
+        if "physical device" not in str(error) and "Vulkan" not in str(error):
+            raise
+        raise Fault(f"no Vulkan device to render with ({error}): run `python envs.py --check`, it says what to install")
+    return env.unwrapped
+
+
+def _worker(conn_fd: int, memory_fd: int):
+    """A worker process: owns some of the environments, obeys (command, argument) messages until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it then closes the pipe
+    torch.set_num_threads(1)
+    conn = Connection(conn_fd)
+    try:
+        setup = conn.recv()
+        alter = _resolve(setup["alter"]) if setup["alter"] else None
+        layout = _layout(setup["total"], setup["image_size"], alter is not None)
+        arrays = _map_arrays(mmap.mmap(memory_fd, 0), layout)
+        envs = [make_env(setup["assets"], setup["image_size"]) for _ in setup["slots"]]
+        conn.send(("ok", None))
+
+        def look(env, slot):
+            arrays["rgb"][slot], ids = env.picture()
+            arrays["mask"][slot] = env.foreground(ids)
+            arrays["state"][slot] = env.state()
+            if alter is not None:
+                rng = np.random.default_rng([setup["alter_seed"], env.episode_id, env.elapsed])
+                arrays["rgb_alt"][slot] = alter(env, rng)
+
+        while True:
+            command, argument = conn.recv()
+            answer = None
+            if command == "reset":
+                setup["alter_seed"] = argument["alter_seed"]
+                for env, slot in zip(envs, setup["slots"]):
+                    options = dict(episode_ids=[argument["episode_ids"][slot]], split=argument["splits"][slot])
+                    env.reset(seed=0, options=dict(options, reconfigure=argument["exact"]))
+                    look(env, slot)
+                answer = [env.instruction for env in envs]
+            elif command == "step":
+                for env, slot, chunk in zip(envs, setup["slots"], argument):
+                    reward = 0.0
+                    for action in chunk:
+                        env.step(action)
+                        env.elapsed += 1
+                        reward += env.reward()
+                    arrays["reward"][slot], arrays["episode_return"][slot] = reward, env.return_so_far
+                    arrays["success"][slot], arrays["success_once"][slot] = env.success, env.success_once
+                    arrays["grasped"][slot] = env.ever_grasped
+                    look(env, slot)
+            elif command == "map":
+                answer = _resolve(argument[0])(envs, *argument[1])
+            conn.send(("ok", answer))
+    except EOFError:
+        pass  # the main process is gone or has closed us
+    except Exception as error:
+        conn.send(("fault" if isinstance(error, Fault) else "error", str(error) if isinstance(error, Fault) else traceback.format_exc()))
+
+
+def _reference(function) -> tuple[str, str]:
+    """A module-level function as (file, name): a worker can import it even when its file is the running script."""
+    return os.path.abspath(function.__code__.co_filename), function.__qualname__
+
+
+def _resolve(reference):
+    file, name = reference
+    if os.path.dirname(file) not in sys.path:
+        sys.path.insert(0, os.path.dirname(file))
+    return vars(importlib.import_module(Path(file).stem))[name]
+
+
+class VecEnv:
+    """N environments in worker processes, all at the same step of their episodes. Made by `make_envs`."""
+
+    def __init__(self, num_envs, assets, image_size, num_workers, alter):
+        pack = PACKS[assets]
+        self.num_envs, self.assets = num_envs, assets
+        self.image_size, self.max_episode_steps = image_size or pack.image_size, pack.max_episode_steps
+        self.instructions: list[str] = []
+        self.elapsed = 0
+        self.alter = alter is not None
+        layout = _layout(num_envs, self.image_size, self.alter)
+        shared = tempfile.TemporaryFile()
+        shared.truncate(sum(_padded(shape, dtype) for _, shape, dtype in layout))
+        self._arrays = _map_arrays(mmap.mmap(shared.fileno(), 0), layout)
+        self._slots = [list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)]
+        self._workers = []
+        code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import envs; envs._worker(%d, %d)"
+        for slots in self._slots:
+            ours, theirs = socket.socketpair()
+            command = [sys.executable, "-c", code % (theirs.fileno(), shared.fileno())]
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), shared.fileno()), stdin=subprocess.DEVNULL)
+            theirs.close()
+            self._workers.append((process, Connection(ours.detach())))
+            setup = dict(assets=assets, image_size=self.image_size, slots=slots, total=num_envs,
+                         alter=_reference(alter) if self.alter else None)  # fmt: skip
+            self._workers[-1][1].send(setup)
+        shared.close()
+        self._gather()
+
+    def _send(self, messages):
+        for (process, conn), message in zip(self._workers, messages):
+            try:
+                conn.send(message)
+            except (BrokenPipeError, ConnectionResetError):
+                self._died(process)
+
+    def _gather(self) -> list:
+        """One answer from every worker, in order. A worker that failed or died ends the run with a Fault, never a hang."""
+        answers = {}
+        while len(answers) < len(self._workers):
+            waiting = {conn: (i, process) for i, (process, conn) in enumerate(self._workers) if i not in answers}
+            for conn in wait(list(waiting)):
+                i, process = waiting[conn]
+                try:
+                    kind, answer = conn.recv()
+                except (EOFError, ConnectionResetError):
+                    self._died(process)
+                if kind != "ok":
+                    self.close()
+                    if kind == "error":
+                        print(answer, file=sys.stderr)
+                        answer = f"environment worker {i} failed, its traceback is above; nothing saved so far is lost"
+                    raise Fault(answer)
+                answers[i] = answer
+        return [answers[i] for i in range(len(self._workers))]
+
+    def _died(self, process):
+        code = process.wait()
+        self.close()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
+        raise Fault(f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost")
+
+    def _observe(self) -> dict:
+        names = ("rgb", "mask", "state", "rgb_alt") if self.alter else ("rgb", "mask", "state")
+        return {name: torch.from_numpy(self._arrays[name].copy()) for name in names}
+
+    def reset(self, episode_ids, split="train", exact: bool = False, alter_seed: int = 0) -> dict:
+        """Start one episode per environment.
+
+        Args:
+            episode_ids: N ints. split: one name for all, or N names.
+            exact: rebuild the scenes (0.2 s each), so that the episode does not depend on what was simulated before, to
+                the last bit. Without it states differ by about 1e-8. Evaluation uses it, training does not.
+            alter_seed: seeds the task-altering perturbations together with episode id and step.
+        Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq. (5)), state (N, 8)
+            float32, and with `alter` rgb_alt (N, H, W, 3) uint8. `self.instructions` holds N sentences.
+        """
+        splits = [split] * self.num_envs if isinstance(split, str) else list(split)
+        for name in set(splits):
+            parse_split(name)
+        assert len(episode_ids) == len(splits) == self.num_envs
+        ids = [int(i) for i in episode_ids]
+        self._send([("reset", dict(episode_ids=ids, splits=splits, exact=exact, alter_seed=alter_seed))] * len(self._workers))
+        self.instructions = sum(self._gather(), [])
+        self.elapsed = 0
+        return self._observe()
+
+    def step(self, actions: torch.Tensor):
+        """Carry out a chunk of actions (N, chunk, 7): metres and radians in the robot's base frame, gripper > 0 opens.
+
+        Rewards are summed over the chunk; steps past the end of the episode are not taken; one picture is rendered at
+        the end. Returns obs, reward (N,) float32, done (N,) bool, info: success, success_once, grasped (N,) bool,
+        episode_return (N,) float32.
+        """
+        actions = actions[:, : self.max_episode_steps - self.elapsed].cpu().numpy().astype(np.float32)
+        assert actions.shape[0] == self.num_envs and actions.shape[1] > 0 and actions.shape[2] == 7, actions.shape
+        self._send([("step", actions[slots]) for slots in self._slots])
+        self._gather()
+        self.elapsed += actions.shape[1]
+        info = {k: torch.from_numpy(self._arrays[k].copy()) for k in ("success", "success_once", "grasped", "episode_return")}
+        done = torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps)
+        return self._observe(), torch.from_numpy(self._arrays["reward"].copy()), done, info
+
+    def map(self, function, *args) -> list:
+        """function(environments of the worker, *args[i]) in every worker i at once; returns one result per worker.
+
+        `args` is one tuple of arguments per worker. `function` must be defined at the top of a file.
+        """
+        self._send([("map", (_reference(function), a)) for a in args])
+        return self._gather()
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    def close(self):
+        for process, conn in self._workers:
+            conn.close()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._workers = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None) -> VecEnv:
+    """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core).
+
+    Args:
+        image_size: pixels of the square pictures; default: the pack's.
+        alter: a function (env, numpy Generator) -> (H, W, 3) uint8, e.g. views.task_altering: rendered at every look.
+    Raises: Fault on a wrong argument, or when a worker fails to start.
+    """
+    if num_envs < 1:
+        raise Fault(f"--num-envs is {num_envs}: it must be at least 1")
+    if assets not in PACKS:
+        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    cores = len(os.sched_getaffinity(0))
+    return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), alter)
