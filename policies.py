@@ -47,12 +47,12 @@ class Evaluation(NamedTuple):
 # Both towers' sizes are implied by their timm ids in the official config.json (image size and stats aside).
 TIMM = {
     "vit_large_patch14_reg4_dinov2.lvd142m": {
-        "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0, "patch_size": 14, "class_token": True, "reg_tokens": 4,
-        "layer_scale": True,
+        "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0,
+        "patch_size": 14, "class_token": True, "reg_tokens": 4, "layer_scale": True,
     },
     "vit_so400m_patch14_siglip_224": {
-        "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362, "patch_size": 14, "class_token": False, "reg_tokens": 0,
-        "layer_scale": False,
+        "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362,
+        "patch_size": 14, "class_token": False, "reg_tokens": 0, "layer_scale": False,
     },
 }  # fmt: skip
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet statistics), 3-5 SigLIP
@@ -72,7 +72,7 @@ OPENVLA_TINY = {
     "pad_to_multiple_of": 64,
     "pad_token_id": 0,
     "text_config": {
-        "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
         "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, ordered as in the 7B's 32064
         "initializer_range": 0.05,
@@ -83,9 +83,9 @@ OPENVLA_TINY = {
     }}},
     # Everything below is not an official field. A patch embedding does not learn to see in minutes; a conv stem does.
     "_tiny_timm_kwargs": [
-        {"embed_dim": 128, "depth": 3, "num_heads": 4, "patch_size": 16, "class_token": False, "reg_tokens": 0, "layer_scale": False,
-             "stem": [32, 64, 96]},
-        {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16},
+        {"embed_dim": 128, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16, "stem": [32, 48, 96],
+         "class_token": False, "reg_tokens": 0, "layer_scale": False},
+        {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0, "patch_size": 16},
     ],
     "_word_vocab": ["<pad>", "<s>", "<unk>", "<out>"] + _WORDS.split(),
     "_prompt": "{instruction} <out>",
