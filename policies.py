@@ -2,7 +2,7 @@
 
     policy = load_policy("openvla-tiny")                                  # random weights, to be trained by sft.py
     policy = load_policy("openvla", "gen-robot/openvla-7b-rlvla-warmup")  # the official 7B checkpoint, nothing converted
-    python policies.py merge ADAPTER_DIR OUT                              # fold a LoRA checkpoint into its base model
+    python policies.py merge ADAPTER_DIR OUT_DIR                          # fold a LoRA checkpoint into its base model
 
 OpenVLA: two ViT towers (DINOv2, SigLIP) -> projector -> Llama; an action is 7 tokens of 256 bins each. Everything that
 differs between the tiny preset and the 7B model is in config.json, which is read as data.
@@ -10,19 +10,30 @@ differs between the tiny preset and the 7B model is in config.json, which is rea
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import tyro
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from tyro.conf import Positional
 
 BACKBONES = ("openvla", "openvla-tiny")
-PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # the trailing space is token 29871 of Llama
+DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # RL4VLA's warm-up, merged; "name@revision" pins it
+PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # the space matters: it is Llama's token 29871
+LORA_TARGETS = ["proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                "up_proj", "down_proj", "lm_head"]  # RL4VLA's list: every linear layer, and both patch embeddings  # fmt: skip
 
 
 class PolicyError(ValueError):
@@ -92,7 +103,14 @@ OPENVLA_TINY = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ vision
+# ------------------------------------------------------------------------------------------------ blocks
+def run(layer, x, recompute, **kwargs):
+    """layer(x); with `recompute` its activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, x, use_reentrant=False, **kwargs)
+    return layer(x, **kwargs)
+
+
 class ViT(nn.Module):
     """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, no final norm, as OpenVLA takes it.
 
@@ -103,28 +121,26 @@ class ViT(nn.Module):
     def __init__(self, image_size, embed_dim, depth, num_heads, patch_size, class_token, reg_tokens, layer_scale,
                  mlp_ratio=4.0, stem=None):  # fmt: skip
         super().__init__()
-        self.num_heads, self.checkpointing = num_heads, False
-        self.num_patches = (image_size // patch_size) ** 2
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)})
+        self.num_heads, self.num_patches = num_heads, (image_size // patch_size) ** 2
         if stem:
-            assert 2 ** (len(stem) + 1) == patch_size, "a stem of n convs plus one has stride 2**(n+1)"
+            assert 2 ** (len(stem) + 1) == patch_size, "a stem of n convs and proj have stride 2**(n+1) together"
             convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU())]
-            self.patch_embed["proj"] = nn.Sequential(*convs, nn.Conv2d(stem[-1], embed_dim, 3, 2, 1))
+            patch_embed = {"stem": nn.Sequential(*convs), "proj": nn.Conv2d(stem[-1], embed_dim, 3, 2, 1)}
+        else:
+            patch_embed = {"stem": nn.Identity(), "proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)}
+        self.patch_embed = nn.ModuleDict(patch_embed)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
         self.blocks = nn.ModuleList(Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1))
 
-    def forward(self, x):
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+    def forward(self, x, recompute=False):
+        x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
         x = x + self.pos_embed  # patches only: timm has folded the cls position into cls_token
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], 1) if prefix else x
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, self.num_heads, use_reentrant=False)
-            else:
-                x = block(x, self.num_heads)
+            x = run(block, x, recompute, num_heads=self.num_heads)
         return x[:, -self.num_patches :]
 
 
@@ -163,13 +179,15 @@ class KVCache:
 
 # ------------------------------------------------------------------------------------------------ OpenVLA
 class OpenVLA(nn.Module):
-    """Official key names: vision_backbone.{featurizer,fused_featurizer}, projector, language_model; plus value_head."""
+    """The token policy. Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
 
     chunk = 1  # env steps per decision
+    gradient_checkpointing = False
+    detach_value = False  # True: the critic reads the trunk but does not train it
 
-    def __init__(self, config, unnorm_key=None):
+    def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.name, self.directory = config, "openvla", None
         text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})  # 1e-6: the port's, not Meta's 1e-5
         self.image_size = config["image_sizes"][0]
         towers = [TIMM[name] for name in config["timm_model_ids"]]
@@ -186,12 +204,10 @@ class OpenVLA(nn.Module):
             "head_l2": nn.Linear(512, 128),
             "head_l3": nn.Linear(128, 1, bias=False),
         })  # fmt: skip
-        # Action token ids are [action_begin, action_end), the last 256 of the tokenizer; a LARGER id is a SMALLER value.
+        # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
         self.action_begin = self.action_end - config["n_action_bins"]
-        self.select_norm_stats(unnorm_key)
-        self.tokenizer = None
-        self._prompt_ids = {}
+        self.tokenizer, self._prompt_ids, self.lora_config = None, {}, None
 
     def init_value_head(self):
         """N(0, 0.02), zero bias: what RL4VLA's value head effectively starts from."""
@@ -199,15 +215,32 @@ class OpenVLA(nn.Module):
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
 
     def init_action_tokens(self):
-        """Neighbouring bins start with neighbouring embeddings, so that a bin never seen in a demonstration is not noise.
+        """Neighbouring bins get neighbouring embeddings, so that a bin no demonstration has used is not plain noise.
 
         Random Fourier features of the bin's value; only for training from scratch, where no pretraining has done it.
         """
         x = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
+        std = self.language_model.config.initializer_range
         for table in (self.language_model.model.embed_tokens.weight, self.language_model.lm_head.weight):
             freq, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
-            std = self.language_model.config.initializer_range
             table.data[self.action_begin : self.action_end] = torch.cos(x * freq + phase) * std * 2**0.5
+
+    def add_lora(self, rank=32, alpha=None, targets=LORA_TARGETS, lora_config=None):
+        """fp32 adapters on every linear layer; they and the value head are all that trains. alpha None: alpha = rank."""
+        self.lora_config = lora_config or LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian",
+            base_model_name_or_path=self.name,
+        )  # fmt: skip
+        inject_adapter_in_model(self.lora_config, self)
+        self.value_head.requires_grad_(True)
+
+    def is_dead(self, key):
+        """Official tensors that OpenVLA never uses: each tower's last block and final norm, SigLIP's attention pool."""
+        key = key.removeprefix("vision_backbone.")
+        return any(
+            key.startswith((f"{name}.blocks.{len(tower.blocks)}.", f"{name}.norm.", f"{name}.attn_pool."))
+            for name, tower in self.vision_backbone.items()
+        )
 
     # -------------------------------------------------------------------- inputs
     @property
@@ -237,7 +270,7 @@ class OpenVLA(nn.Module):
         The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
         """
         if self.tokenizer is None:
-            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add the file.")
+            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file to it.")
         prompt = prompt or self.config.get("_prompt", PROMPT)
         for key in {(prompt, text) for text in instructions} - self._prompt_ids.keys():
             self._prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
@@ -253,7 +286,11 @@ class OpenVLA(nn.Module):
         """[BOS][patches][rest of the prompt] -> embeddings (B, L, H)."""
         dino, siglip = pixel_values.to(self.dtype).split(3, dim=1)
         towers = self.vision_backbone
-        x = torch.cat([towers["featurizer"](dino), towers["fused_featurizer"](siglip)], -1)  # (B, n, Dd + Ds)
+        features = [
+            towers["featurizer"](dino, self.gradient_checkpointing),
+            towers["fused_featurizer"](siglip, self.gradient_checkpointing),
+        ]
+        x = torch.cat(features, -1)  # (B, n, Dd + Ds)
         x = self.projector["fc3"](F.gelu(self.projector["fc2"](F.gelu(self.projector["fc1"](x)))))
         text = self.language_model.model.embed_tokens(input_ids)
         return torch.cat([text[:, :1], x, text[:, 1:]], 1)
@@ -263,21 +300,24 @@ class OpenVLA(nn.Module):
         ones = attention_mask.new_ones(len(attention_mask), num_patches)
         valid = torch.cat([attention_mask[:, :1], ones, attention_mask[:, 1:], ones[:, :6]], 1)  # (B, L + 6)
         causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
-        return causal & valid.bool()[:, None, None, :], (valid.cumsum(1) - 1).clamp(min=0)
+        return causal & valid.bool()[:, None, None, :], valid.cumsum(1) - 1
 
     def _llama(self, x, mask, positions, cache=None):
         """Llama's own layers on embeddings (B, Q, H), without its mask-guessing wrapper; after the final norm."""
         llama = self.language_model.model
         rotary = llama.rotary_emb(x, positions)
         for layer in llama.layers:
-            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+            kwargs = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+            x = run(layer, x, self.gradient_checkpointing, **kwargs)
         return llama.norm(x)
 
-    def _heads(self, hidden):
-        """(B, Q, H) -> logits of the 256 action columns (B, Q, 256) in float32; the only place they are computed."""
-        lm_head, columns = self.language_model.lm_head, slice(self.action_begin, self.action_end)
-        hidden = hidden.float()
-        logits = hidden @ lm_head.weight[columns].float().T
+    def _logits(self, hidden):
+        """(..., H) -> float32 logits (..., 256) of the action columns: the one place where the distribution is made."""
+        head, columns, hidden = self.language_model.lm_head, slice(self.action_begin, self.action_end), hidden.float()
+        logits = F.linear(hidden, head.weight[columns].float())
+        if isinstance(head, LoraLayer):  # only the rows of B that we need; peft would compute the whole vocabulary
+            a, b = head.lora_A["default"].weight.float(), head.lora_B["default"].weight[columns].float()
+            logits = logits + head.scaling["default"] * F.linear(F.linear(hidden, a), b)
         return logits
 
     def _value(self, hidden):
@@ -291,7 +331,7 @@ class OpenVLA(nn.Module):
         mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
         x = torch.cat([x, self.language_model.model.embed_tokens(action_tokens[:, :6])], 1)
         hidden = self._llama(x, mask, positions)[:, -7:]
-        return self._heads(hidden), self._value(hidden[:, 0])
+        return self._logits(hidden), self._value(hidden[:, 0].detach() if self.detach_value else hidden[:, 0])
 
     def action_logits(self, pixel_values, input_ids, attention_mask, action_tokens):
         """Teacher-forced logits (B, 7, 256) float32 of the action tokens, in the order of their ids."""
@@ -309,7 +349,7 @@ class OpenVLA(nn.Module):
             hidden = self._llama(x, mask[:, :, rows], positions[:, rows], cache)[:, -1]
             cache.start = rows.stop
             value = self._value(hidden) if i == 0 else value
-            logits = self._heads(hidden)  # (B, 256)
+            logits = self._logits(hidden)  # (B, 256)
             if temperature == 0:
                 index = logits.argmax(-1, keepdim=True)
             else:
@@ -320,23 +360,19 @@ class OpenVLA(nn.Module):
         return torch.cat(tokens, 1), logprob, value
 
     # -------------------------------------------------------------------- actions
-    def select_norm_stats(self, key=None):
-        stats = self.config["norm_stats"]
-        key = key or ("bridge_orig" if "bridge_orig" in stats else next(iter(stats)))
-        if key not in stats:
-            raise PolicyError(f"norm_stats has no key {key!r}; choose one of {sorted(stats)}.")
-        self.unnorm_key, action = key, stats[key]["action"]
-        as64 = [torch.tensor(action[name], dtype=torch.float64) for name in ("q01", "q99")]
-        self._q01, self._q99 = as64
-        self._scaled = torch.tensor(action["mask"])
-        edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
-        self._edges, self._centers = edges, (edges[1:] + edges[:-1]) / 2
+    def use_norm_stats(self, key):
+        """Choose the data set whose percentiles scale the actions."""
+        self.unnorm_key, action = key, self.config["norm_stats"][key]["action"]
+        self._q01, self._q99 = (torch.tensor(action[name], dtype=torch.float64) for name in ("q01", "q99"))
+        self._scaled = torch.tensor(action["mask"])  # False: the gripper, which stays as decoded
+        self._edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
+        self._centers = (self._edges[1:] + self._edges[:-1]) / 2  # one fewer than there are tokens
 
     def env_action(self, tokens):
         """(B, 7) ids -> (B, 7) float64: metres and radians by the 1st/99th percentile of the data, gripper -1/+1."""
         unit = self._centers[(self.action_end - 1 - tokens.cpu()).clamp(0, len(self._centers) - 1)]
         action = torch.where(self._scaled, 0.5 * (unit + 1) * (self._q99 - self._q01) + self._q01, unit)
-        is_open = action[:, 6] > 0.5 * (self._q01 + self._q99)[6]  # 0.5 where the data has 0..1 (Bridge)
+        is_open = action[:, 6] > 0.5 * (self._q01 + self._q99)[6]  # midway: the data's gripper is 0..1, or -1..1
         action[:, 6] = torch.where(is_open, 1.0, -1.0)
         return action.to(tokens.device)
 
@@ -382,25 +418,42 @@ class OpenVLA(nn.Module):
         return self._value(self._llama(x, mask[:, :, :length, :length], positions[:, :length])[:, -1])
 
     def save(self, directory, dtype=None):
-        """config.json, model.safetensors, value_head.safetensors, norm_stats.json; dtype (say float16) halves the file."""
+        """Write a checkpoint that load_policy reads; dtype (say torch.float16) is that of the stored weights.
+
+        With LoRA: a standard PEFT directory (adapter_config.json, adapter_model.safetensors); else config.json and
+        model.safetensors. Both: value_head.safetensors and norm_stats.json.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(self.config, indent=2))
-        (directory / "norm_stats.json").write_text(json.dumps(self.config["norm_stats"], indent=2))
-        weights, value_head = {}, {}
+        files = {"model": {}, "adapter_model": {}, "value_head": {}}
         for key, tensor in self.state_dict().items():
             tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
             if key.startswith("value_head."):
-                value_head[key.removeprefix("value_head.")] = tensor
+                files["value_head"][key.removeprefix("value_head.")] = tensor
+            elif ".lora_" in key:
+                files["adapter_model"]["base_model.model." + key.replace(".default.", ".")] = tensor
             else:
-                weights[key] = tensor
-        save_file(weights, directory / "model.safetensors", {"format": "pt"})
-        save_file(value_head, directory / "value_head.safetensors", {"format": "pt"})
+                files["model"][key] = tensor
+        if self.lora_config:
+            del files["model"]  # the base model stays where it is; adapter_config.json names it
+            self.lora_config.save_pretrained(str(directory))
+        else:
+            del files["adapter_model"]
+            self._save_config(directory)
+        for name, tensors in files.items():
+            save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
+        stats = {self.unnorm_key: self.config["norm_stats"][self.unnorm_key]}
+        (directory / "norm_stats.json").write_text(json.dumps(stats, indent=2))
+
+    def _save_config(self, directory):
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2))
+        if self.directory and (self.directory / "tokenizer.json").is_file():
+            shutil.copy(self.directory / "tokenizer.json", directory)
 
 
 # ------------------------------------------------------------------------------------------------ loading
 class WordTokenizer:
-    """One id per word of the tiny vocabulary; the prompt ends in <out> as Llama's ends in 29871."""
+    """One id per word of the tiny vocabulary; a prompt ends in <out> as Llama's ends in token 29871."""
 
     def __init__(self, words):
         self.ids = {word: i for i, word in enumerate(words)}
@@ -409,31 +462,231 @@ class WordTokenizer:
         words = re.findall(r"<out>|\w+", text.lower().replace("out:", "<out>"))
         for word in words:
             if word not in self.ids:
-                raise PolicyError(f"the word {word!r} is not in the vocabulary of openvla-tiny (_word_vocab in config).")
+                raise PolicyError(f"the word {word!r} is not in this policy's vocabulary (_word_vocab in config.json).")
         return [self.ids[word] for word in ["<s>", *words]]
 
 
-def load_policy(backbone, checkpoint=None, *, dtype=None, device="cpu", unnorm_key=None):
-    """A policy ready to act. checkpoint: a directory; None gives openvla-tiny fresh random weights."""
+class LlamaTokenizer:
+    """tokenizer.json, read as data."""
+
+    def __init__(self, file):
+        self.tokenizer = Tokenizer.from_file(str(file))
+
+    def __call__(self, text):
+        ids = self.tokenizer.encode(text).ids
+        if ids[0] != 1 or (text.endswith("Out: ") and ids[-1] != 29871):
+            raise PolicyError(f"tokenizer.json is not Llama-2's: a prompt became {ids}, not BOS 1 ... 29871.")
+        return ids
+
+
+def find_checkpoint(name, hub):
+    """A local directory, or (hub=True) a repository "owner/name" or "owner/name@revision" -> Path."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(name)):
+        raise PolicyError(f"there is no checkpoint directory {name}.")
+    repo, _, revision = str(name).partition("@")
+    patterns = ["*.json", "*.safetensors", "training_state.pt"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of the Hub's client is one of these
+        reason = str(error).split("\n")[0].rstrip(". ")
+        raise PolicyError(f"{name} is neither a directory here nor a Hub repository within reach ({reason}).") from None
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{file} cannot be read ({error}).") from None
+
+
+def open_tensors(directory, stem):
+    """The tensors of STEM.safetensors, or of the shards in its index: {key: (open file, shape)}. Reads headers only."""
+    index = directory / f"{stem}.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+    found = {}
+    for name in names:
+        try:
+            file = safe_open(directory / name, "pt")  # checks the file's length against its header
+        except (OSError, SafetensorError) as error:
+            raise PolicyError(f"{directory / name} is missing, truncated or no safetensors file ({error}).") from None
+        found |= {key: (file, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def check_tensors(found, wanted, where):
+    """Strict: what the files hold and what the model has must agree in name and shape. Names the first offender."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if key not in found:
+            raise PolicyError(f"{where} lacks the tensor {key}; is it a checkpoint of another model?")
+        if key not in wanted:
+            raise PolicyError(f"{where} has the tensor {key}, which this model has not; is it of another model?")
+        if found[key][1] != list(wanted[key].shape):
+            raise PolicyError(f"{where}: {key} has the shape {found[key][1]}, not {list(wanted[key].shape)}.")
+
+
+def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=None,
+                lora_alpha=None, gradient_checkpointing=False):  # fmt: skip
+    """A policy ready to act.
+
+    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository; None is openvla-tiny with fresh
+    random weights, or the default 7B checkpoint. base: where an adapter's base model is, if not where it says.
+    dtype: of the backbone; default bfloat16, float32 for the tiny one. lora_rank: put fresh adapters on a full model.
+    """
     if backbone not in BACKBONES:
         raise PolicyError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
-    if checkpoint is None and backbone == "openvla-tiny":
-        policy = OpenVLA(OPENVLA_TINY, unnorm_key)
+    tiny = backbone == "openvla-tiny"
+    if checkpoint is None and backbone in DEFAULT_CHECKPOINT:
+        checkpoint = DEFAULT_CHECKPOINT[backbone]
+    directory = None if checkpoint is None else find_checkpoint(checkpoint, hub=not tiny)
+    adapter = None
+    if directory and (directory / "adapter_config.json").is_file():
+        adapter = directory
+        base = base or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+        if not base:
+            raise PolicyError(f"{adapter} is an adapter that does not name its base model; pass base=DIRECTORY.")
+        directory = find_checkpoint(base, hub=not tiny)
+    if directory is None and lora_rank:
+        raise PolicyError("LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter.")
+
+    config = read_config(backbone, directory)
+    config["norm_stats"], default_key = read_norm_stats(config, directory, adapter)
+    unnorm_key = unnorm_key or default_key
+    if unnorm_key not in config["norm_stats"]:
+        raise PolicyError(f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(config['norm_stats'])}.")
+
+    policy = load_weights(config, directory, dtype or (torch.float32 if tiny else torch.bfloat16), device)
+    policy.name, policy.directory = str(base or checkpoint or backbone), directory
+    policy.use_norm_stats(unnorm_key)
+    if "_word_vocab" in config:
+        policy.tokenizer = WordTokenizer(config["_word_vocab"])
+    elif (directory / "tokenizer.json").is_file():
+        policy.tokenizer = LlamaTokenizer(directory / "tokenizer.json")
+    if adapter:
+        load_adapter(policy, adapter, lora_rank)
+    elif lora_rank:
+        policy.add_lora(lora_rank, lora_alpha)
+    policy.gradient_checkpointing = gradient_checkpointing
+    return policy.to(device).eval()  # there is no dropout: train() would change nothing
+
+
+def read_config(backbone, directory):
+    """config.json of a checkpoint, or the tiny preset. Refuses another backbone's."""
+    config = read_json(directory / "config.json") if directory else json.loads(json.dumps(OPENVLA_TINY))
+    kind = config.get("model_type", config.get("type"))
+    kind = "openvla-tiny" if kind == "openvla" and "_word_vocab" in config else kind
+    if kind != backbone:
+        raise PolicyError(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}.")
+    missing = {"text_config", "image_sizes", "timm_model_ids", "n_action_bins", "pad_to_multiple_of"} - config.keys()
+    if missing:
+        raise PolicyError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is not OpenVLA's.")
+    return config
+
+
+def read_norm_stats(config, directory, adapter):
+    """The statistics of every data set, from all files that may hold some, and the key to use by default."""
+    stats = config.get("norm_stats", {})
+    key = "bridge_orig" if "bridge_orig" in stats else None
+    for folder, name in [(directory, "dataset_statistics"), (directory, "norm_stats"), (adapter, "norm_stats")]:
+        if folder and (folder / f"{name}.json").is_file():
+            more = read_json(folder / f"{name}.json")
+            stats = stats | more
+            key = next(iter(more)) if name == "norm_stats" else key  # ours: it holds just the one it was trained with
+    return stats, key or (next(iter(stats)) if len(stats) == 1 else None)
+
+
+def load_weights(config, directory, dtype, device):
+    """Check every name and shape on the meta device, then read each tensor straight to where it will live."""
+    if directory is None:
+        policy = OpenVLA(config)
         policy.init_action_tokens()
         policy.init_value_head()
-    else:
-        directory = Path(checkpoint)
-        config = json.loads((directory / "config.json").read_text())
-        policy = OpenVLA(config, unnorm_key)
-        state = {}
-        for file, prefix in (("model.safetensors", ""), ("value_head.safetensors", "value_head.")):
-            try:
-                with safe_open(directory / file, "pt") as f:
-                    state |= {prefix + key: f.get_tensor(key).float() for key in f.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as e:
-                raise PolicyError(f"{directory / file} cannot be read: {e}.") from None
-        policy.load_state_dict(state)
-    policy.name = str(checkpoint or backbone)
-    if "_word_vocab" in policy.config:
-        policy.tokenizer = WordTokenizer(policy.config["_word_vocab"])
-    return policy.to(device).eval()
+        return policy
+    with torch.device("meta"):
+        policy = OpenVLA(config)
+    found = {key: entry for key, entry in open_tensors(directory, "model").items() if not policy.is_dead(key)}
+    if (directory / "value_head.safetensors").is_file():
+        found |= {f"value_head.{key}": entry for key, entry in open_tensors(directory, "value_head").items()}
+    wanted = policy.state_dict()
+    if not any(key.startswith("value_head.") for key in found):  # the published checkpoints have none: a fresh one
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith("value_head.")}
+        policy.value_head.to_empty(device=device)
+        policy.init_value_head()
+    check_tensors(found, wanted, directory)
+    state = {}
+    for key, (file, _) in found.items():
+        is_value = key.startswith("value_head.")  # stays float32, as do the buffers: bfloat16 rotary frequencies are
+        tensor = file.get_tensor(key.removeprefix("value_head.") if is_value else key)  # off by up to 0.35 rad
+        state[key] = tensor.to(device, torch.float32 if is_value else dtype)
+    policy.load_state_dict(state, strict=False, assign=True)
+    llama = policy.language_model.model
+    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)  # computed, not stored
+    return policy
+
+
+def load_adapter(policy, directory, lora_rank):
+    """A PEFT directory onto its base model, unmerged; the value head from beside it."""
+    lora_config = LoraConfig.from_pretrained(str(directory))
+    if lora_rank and lora_rank != lora_config.r:
+        raise PolicyError(f"{directory} holds an adapter of rank {lora_config.r}, not {lora_rank}.")
+    lora_config.inference_mode, lora_config.base_model_name_or_path = False, policy.name
+    policy.add_lora(lora_config=lora_config)
+    own = {key: tensor for key, tensor in policy.state_dict().items() if ".lora_" in key}
+    found = {}
+    for key, entry in open_tensors(directory, "adapter_model").items():
+        key = key.removeprefix("base_model.model.")
+        # PEFT 0.11 also wrote the frozen lm_head itself; adapters of dead modules have nothing to adapt here
+        if not key.endswith(".base_layer.weight") and not policy.is_dead(key):
+            found[key.removesuffix("weight") + "default.weight"] = entry
+    check_tensors(found, own, directory)
+    for key, (file, _) in found.items():
+        own[key].copy_(file.get_tensor("base_model.model." + key.replace(".default.", ".")))
+    if (directory / "value_head.safetensors").is_file():
+        tensors = open_tensors(directory, "value_head")
+        check_tensors(tensors, policy.value_head.state_dict(), directory / "value_head.safetensors")
+        policy.value_head.load_state_dict({key: file.get_tensor(key) for key, (file, _) in tensors.items()})
+    elif (directory / "training_state.pt").is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
+        training_state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        policy.value_head.load_state_dict(training_state["vh"])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+@torch.no_grad()
+def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None = None, backbone: str = "openvla", device: str = "cpu"):
+    """Fold a LoRA checkpoint into its base model; write the official format to OUT, read it back and compare."""
+    policy = load_policy(backbone, checkpoint, base=base, device=device)
+    if policy.lora_config is None:
+        raise PolicyError(f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge.")
+    rgb = torch.randint(256, (2, policy.image_size, policy.image_size, 3), dtype=torch.uint8)
+    prompt = torch.tensor([[1, 3, 5]] * 2, device=device)
+    tokens = torch.randint(policy.action_begin, policy.action_end, (2, 7), device=device)
+    inputs = policy.preprocess(rgb), prompt, torch.ones_like(prompt), tokens
+    before = policy.action_logits(*inputs)
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    state = {key.replace(".base_layer.", "."): t for key, t in policy.state_dict().items() if ".lora_" not in key}
+    value_head = {key.removeprefix("value_head."): state.pop(key) for key in list(state) if "value_head." in key}
+    for key, (file, _) in open_tensors(policy.directory, "model").items():
+        if policy.is_dead(key):  # the official class wants them, whatever they hold
+            state[key] = file.get_tensor(key)
+    out.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
+    save_file(value_head, out / "value_head.safetensors", {"format": "pt"})
+    policy._save_config(out)
+    unnorm_key, dtype = policy.unnorm_key, policy.dtype
+    del policy, state, module  # two 7B models need not fit at once
+    after = load_policy(backbone, out, unnorm_key=unnorm_key, dtype=dtype, device=device).action_logits(*inputs)
+    difference, scale = (after - before).abs().max().item(), before.std().item()
+    print(f"{out}: logits differ from the unmerged policy's by {difference:.2g} at most (their std is {scale:.2g}).")
+    if difference > (1e-3 if dtype == torch.float32 else 0.1) * scale:
+        raise PolicyError(f"{out} does not compute what {checkpoint} does; do not use it.")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.extras.subcommand_cli_from_dict({"merge": merge})
+    except PolicyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
