@@ -32,9 +32,10 @@ from tyro.conf import Positional
 BACKBONES = ("openvla", "openvla-tiny")
 DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # RL4VLA's warm-up, merged; "name@revision" pins it
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # the space matters: it is Llama's token 29871
-LORA_TARGETS = (  # RL4VLA's list: every linear layer, and both patch embeddings
-    "proj qkv fc1 fc2 fc3 q kv q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
-)
+LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
+    "proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    "down_proj", "lm_head",
+]  # fmt: skip
 
 
 class PolicyError(ValueError):
