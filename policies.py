@@ -233,6 +233,9 @@ class OpenVLA(nn.Module):
             base_model_name_or_path=self.name,
         )  # fmt: skip
         inject_adapter_in_model(self.lora_config, self)
+        for key, p in self.named_parameters():
+            if ".lora_" in key:
+                p.data = p.data.float()  # peft follows the backbone's dtype, but small updates would vanish in bfloat16
         self.value_head.requires_grad_(True)
 
     def is_dead(self, key):
