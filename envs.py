@@ -73,7 +73,9 @@ class Split:
     held_out_poses: bool = False
     """target on the outer border of the enlarged square, at a yaw not seen in training (B.3)"""
     distractors: int = 1
-    """1: one training object. k > 1: half training objects, half held-out objects (B.4, "Distractor-k")"""
+    """how many other objects lie on the table (B.4)"""
+    held_out_objects: bool = False
+    """half of the distractors are objects never seen in training (B.4, "Distractor-k")"""
     camera_deg: float = 0.0
     """orbit of the camera about the vertical axis through the workspace, degrees (5.5)"""
 
@@ -83,14 +85,18 @@ SPLITS = {
     "texture": Split(held_out_tables=True),
     "lighting": Split(held_out_lights=True),
     "pose": Split(held_out_poses=True),
-    **{f"clutter-{k}": Split(distractors=k) for k in (2, 4, 6, 8)},
+    **{f"clutter-{k}": Split(distractors=k, held_out_objects=True) for k in (2, 4, 6, 8)},
+}
+SFT_SPLITS = {  # what sft.py trains on: training objects only
+    "bare": Split(distractors=0),  # demonstrations: the paper's have no distractor (A.1)
+    "busy": Split(distractors=4),  # scenes for pretraining
 }
 
 
 def parse_split(name: str) -> Split:
     """The Split called `name`: one of SPLITS, or camera+N / camera-N for an orbit of N degrees (|N| <= 90)."""
-    if name in SPLITS:
-        return SPLITS[name]
+    if name in SPLITS or name in SFT_SPLITS:
+        return {**SPLITS, **SFT_SPLITS}[name]
     match = re.fullmatch(r"camera([+-]\d+(?:\.\d+)?)", name)
     if match is None:
         raise Fault(f"unknown split {name!r}: choose from {', '.join(SPLITS)}, camera+N or camera-N (degrees)")
@@ -171,8 +177,9 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
     target = int(stream[0].integers(16))
     train_others = stream[1].permutation([i for i in range(16) if i != target])
     held_out = stream[2].permutation(np.arange(16, 25))
-    n_held_out = s.distractors // 2
+    n_held_out = s.distractors // 2 if s.held_out_objects else 0
     distractors = [int(i) for i in (*train_others[: s.distractors - n_held_out], *held_out[:n_held_out])]
+    first = int(train_others[0])  # its place is drawn even where it is left out, so that target and plate stay the same
 
     # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
     def far(a, b, gap):
@@ -180,13 +187,13 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
 
     targets = RING if s.held_out_poses else GRID
     target_plate = far(targets, GRID, pack.plate_gap(target))
-    distractor_plate = far(GRID, GRID, pack.plate_gap(distractors[0]))
+    distractor_plate = far(GRID, GRID, pack.plate_gap(first))
     triples = np.argwhere(target_plate[:, :, None] & distractor_plate.T[None] & far(targets, GRID, 0.15)[:, None, :])
     t, p, d = triples[stream[3].integers(len(triples))]
     yaw = int(stream[4].integers(4))
 
-    placed, yaws = [GRID[d]], [TRAIN_YAWS[yaw]]
-    radii = [pack.radius(target), pack.plate_radius, pack.radius(distractors[0])]
+    placed, yaws = [GRID[d]], [TRAIN_YAWS[yaw]]  # RL4VLA: the distractor shares the target's yaw
+    radii = [pack.radius(target), pack.plate_radius, pack.radius(first)]
     for i in distractors[1:]:  # first free point of the training grid, then of its border, then of a wider patch
         points = np.concatenate([stream[5].permutation(points) for points in (GRID, RING, WIDE)])
         gaps = np.linalg.norm(points[:, None] - np.array([targets[t], GRID[p], *placed]), axis=-1)
@@ -203,8 +210,8 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
         target_yaw=float((HELD_OUT_YAWS if s.held_out_poses else TRAIN_YAWS)[yaw]),
         plate_xy=tuple(GRID[p]),
         distractors=tuple(distractors),
-        distractor_xy=tuple(map(tuple, placed)),
-        distractor_yaw=tuple(float(y) for y in yaws),
+        distractor_xy=tuple(map(tuple, placed))[: s.distractors],
+        distractor_yaw=tuple(float(y) for y in yaws)[: s.distractors],
         table=held_out_table if s.held_out_tables else table,
         light=light if s.held_out_lights else 0,
         camera_deg=s.camera_deg,

@@ -1,0 +1,368 @@
+"""PAIR-VLA: PPO fine-tuning of a vision-language-action model, plus two KL losses on a pair of views of each frame.
+
+    python ppo_pair.py                                        # openvla-tiny on a laptop CPU, nothing to download
+    python ppo_pair.py --inv-coef 0 --sen-coef 0              # the PPO baseline: same code, no views
+    python ppo_pair.py --resume runs/NAME                     # go on from its newest checkpoint
+
+o_pre  same scene, other table, no distractors: the action distribution should stay       L_inv, Eq. (2)
+o_alt  same instant, target elsewhere:          the action distribution should change     L_sen, Eq. (3)
+
+One iteration: every environment plays whole episodes (rollout), advantages by GAE, then the update with Eq. (1)-(4).
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs as sim
+import evaluate
+import policies
+import sft
+import views
+
+# What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's (lost in our text of the paper).
+# The tiny preset is ours, tuned for two CPU cores (README, "What it shows").
+TABLE_3 = {
+    "openvla": dict(
+        assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
+        value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0,
+    ),
+    "openvla-tiny": dict(
+        assets="builtin", iterations=40, num_envs=32, num_steps=40, batch_size=320, update_epochs=2, learning_rate=1e-4,
+        value_learning_rate=1e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=4, target_kl=0.05,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    backbone: str = "openvla-tiny"
+    """openvla-tiny or openvla"""
+    checkpoint: str | None = None
+    """warm start: a checkpoint directory or a Hub id (default: the backbone's own; a tiny one is trained by sft.py)"""
+    run_dir: str | None = None
+    """where checkpoints and logs go (default: runs/BACKBONE_seedS_TIME)"""
+    resume: str | None = None
+    """run directory to go on with; it brings its own arguments, only --iterations may be raised"""
+    seed: int = 1
+    """seed of everything"""
+    cuda: bool = True
+    """if toggled, the policy runs on the GPU where there is one"""
+    track: bool = False
+    """if toggled, log to Weights & Biases as well (needs `pip install wandb`)"""
+    save_every: int = 10
+    """save a checkpoint every K iterations, and at the end"""
+    eval_episodes: int = 128
+    """episodes per split in the table printed at the end; 0 skips it"""
+    temperature_eval: float = 0.6
+    """sampling temperature of that evaluation, as both ancestors have it"""
+
+    # Algorithm specific arguments. None: the backbone's value in TABLE_3
+    assets: str | None = None
+    """asset pack: builtin (nothing to download)"""
+    iterations: int | None = None
+    """number of rollouts, each followed by an update ("RL train steps", Table 3)"""
+    num_envs: int | None = None
+    """parallel environments ("Parallel environments", Table 3)"""
+    num_steps: int | None = None
+    """environment steps per environment and iteration, a multiple of the episode length ("Interaction steps", Table 3)"""
+    batch_size: int | None = None
+    """decisions per optimizer step ("Global batch size", Table 3)"""
+    device_batch_size: int = 160
+    """decisions per forward pass; the gradient does not depend on it (it is accumulated), memory does"""
+    update_epochs: int | None = None
+    """passes over each rollout (Table 3)"""
+    learning_rate: float | None = None
+    """AdamW's, of the policy"""
+    value_learning_rate: float | None = None
+    """AdamW's, of the value head"""
+    gamma: float = 0.99
+    """the discount factor per decision (Table 3)"""
+    gae_lambda: float = 0.95
+    """the lambda of generalized advantage estimation (Table 3)"""
+    clip_coef: float = 0.2
+    """eps_ppo of Eq. (1) (Table 3)"""
+    value_clip: float = 0.2
+    """how far a value may move from the rollout's before its loss stops falling (RL4VLA)"""
+    ent_coef: float = 0.0
+    """coefficient of the entropy bonus"""
+    max_grad_norm: float = 10.0
+    """the maximum norm of the gradient (RL4VLA)"""
+    target_kl: float | None = None
+    """stop an iteration's update once approx KL(old || new) is above this; 0: never"""
+    critic_warmup: int | None = None
+    """first iterations in which only the value head learns: a critic that starts wrong sinks a warm-started policy"""
+    inv_coef: float | None = None
+    """lambda_inv of Eq. (4) (Table 3)"""
+    sen_coef: float | None = None
+    """lambda_sen of Eq. (4) (Table 3)"""
+    sen_clip: float | None = None
+    """eps_sen of Eq. (3) (Table 3)"""
+
+
+def gae(rewards, values, dones, gamma, gae_lambda):
+    """Advantages and returns. rewards, dones (T, N): of step t, and whether the episode ended with it; values (T + 1, N)."""
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - dones[t].float()
+        delta = rewards[t] + gamma * values[t + 1] * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+    return advantages, advantages + values[:-1]
+
+
+def ppo_loss(newlogprob, oldlogprob, advantages, clip_coef):
+    """-> loss (B,), ratio (B,). All arguments (B,) float32; a log-prob is the sum over a decision's action dimensions."""
+    assert newlogprob.shape == oldlogprob.shape == advantages.shape and newlogprob.ndim == 1
+    ratio = (newlogprob - oldlogprob).exp()
+    # Eq. (1)  L_PPO = -E[ min(r A, clip(r, 1 - eps_ppo, 1 + eps_ppo) A) ] + value loss,   r = pi_new / pi_old
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages), ratio
+
+
+def value_loss(newvalue, oldvalue, returns, value_clip):
+    """(B,) Huber loss (delta 10) of the value, or of the value kept near the rollout's, whichever is worse (RL4VLA)."""
+    assert newvalue.shape == oldvalue.shape == returns.shape and newvalue.ndim == 1
+    clipped = oldvalue + (newvalue - oldvalue).clamp(-value_clip, value_clip)
+    return torch.max(F.huber_loss(newvalue, returns, reduction="none", delta=10.0),
+                     F.huber_loss(clipped, returns, reduction="none", delta=10.0))  # fmt: skip
+
+
+def rollout(args, policy, envs, episode_ids, device):
+    """Whole episodes in every environment -> batch, stats.
+
+    batch: obs (dict of (B, ...)), instructions (B str), latents, logprobs, values, advantages, returns (B,), B = T * N
+    decisions. Advantages are normalised over all of it. episode_ids: an iterator over fresh ids.
+    """
+    obs, instructions, latents, logprobs, values, rewards, dones, successes = [], [], [], [], [], [], [], []
+    for _ in range(args.num_steps // envs.max_episode_steps):
+        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], "train", alter_seed=args.seed)
+        done = torch.tensor([False])
+        while not done.all():
+            next_obs = {k: v.to(device) for k, v in next_obs.items()}
+            decision = policy.act(next_obs, envs.instructions)
+            obs.append(next_obs)
+            instructions += envs.instructions
+            latents.append(decision.latent)
+            logprobs.append(decision.logprob)
+            values.append(decision.value)
+            next_obs, reward, done, info = envs.step(decision.actions)
+            rewards.append(reward.to(device))
+            dones.append(done.to(device))
+        # OPEN: the clock that ends an episode is no part of the observation, so what was still to come is added (RLinf)
+        rewards[-1] = rewards[-1] + args.gamma * policy.value({k: v.to(device) for k, v in next_obs.items()}, envs.instructions)
+        successes.append(info["success_once"])
+    rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
+    advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
+    batch = dict(
+        obs={k: torch.cat([o[k] for o in obs]) for k in obs[0]},
+        instructions=instructions,
+        latents=torch.cat(latents),
+        logprobs=torch.cat(logprobs),
+        values=values.flatten(),
+        advantages=((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-5)).flatten(),
+        returns=returns.flatten(),
+    )
+    y, error = returns.flatten(), (returns - values).flatten()
+    stats = dict(
+        success=torch.cat(successes).float().mean().item(),
+        reward=rewards.sum().item() / (envs.num_envs * len(successes)),
+        explained_variance=(1 - error.var() / y.var()).item() if y.var() > 0 else float("nan"),
+    )
+    return batch, stats
+
+
+def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
+    """PPO and the pair losses on one rollout, Eq. (1)-(4) -> dict of means over all samples it saw."""
+    n = len(batch["logprobs"])
+    device = batch["logprobs"].device
+    seen, ratio_dev, grad_norms, stop = [], None, [], False
+    for _ in range(args.update_epochs):
+        b_inds = torch.randperm(n)
+        for start in range(0, n, args.batch_size):
+            mb_inds = b_inds[start : start + args.batch_size]
+            first = len(seen)
+            for inds in mb_inds.split(args.device_batch_size):
+                inds = inds.to(device)
+                obs = {k: v[inds] for k, v in batch["obs"].items()}
+                instructions = [batch["instructions"][i] for i in inds.tolist()]
+                latent, oldlogprob = batch["latents"][inds], batch["logprobs"][inds]
+                new = policy.evaluate(obs, instructions, latent)
+                pg_loss, ratio = ppo_loss(new.logprob, oldlogprob, batch["advantages"][inds], args.clip_coef)
+                v_loss = value_loss(new.value, batch["values"][inds], batch["returns"][inds], args.value_clip)
+                if ratio_dev is None:
+                    ratio_dev = (ratio - 1).abs().max().item()
+                    if ratio_dev > 0.05:
+                        raise sim.Fault(f"the update computes other log-probs than the rollout did (ratio off by {ratio_dev:.3f} "
+                                        "before any step): the policy's act and evaluate disagree")  # fmt: skip
+                loss = v_loss if value_only else pg_loss - args.ent_coef * new.entropy + v_loss
+                stats = dict(pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy, clipfrac=(ratio - 1).abs() > args.clip_coef,
+                             approx_kl=ratio - 1 - (new.logprob - oldlogprob))  # fmt: skip
+                if args.inv_coef and not value_only:
+                    rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds)
+                    with torch.no_grad():
+                        pre = policy.evaluate({**obs, "rgb": rgb_pre}, instructions, latent)
+                    # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
+                    inv_kl = policy.kl(new.dist, pre.dist)  # (B,)
+                    # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
+                    loss = loss + args.inv_coef * inv_kl
+                    stats["inv_kl"] = inv_kl
+                if args.sen_coef and not value_only:
+                    alt = policy.evaluate({**obs, "rgb": obs["rgb_alt"]}, instructions, latent)
+                    # Eq. (3)  L_sen = -E[ min( KL( pi(.|o,l) || pi(.|o_alt,l) ), eps_sen ) ]   OPEN: gradient on both sides
+                    sen_kl = policy.kl(new.dist, alt.dist)  # (B,)
+                    loss = loss - args.sen_coef * sen_kl.clamp(max=args.sen_clip)
+                    stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
+                (loss.sum() / len(mb_inds)).backward()
+                seen.append({k: v.detach().float() for k, v in stats.items()})
+            grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise sim.Fault("the gradient is not finite: training stopped before the step, the last checkpoint is good")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            grad_norms.append(grad_norm)
+            if args.target_kl and not value_only:
+                stop = torch.cat([s["approx_kl"] for s in seen[first:]]).mean() > args.target_kl
+            if stop:
+                break
+        if stop:
+            break
+    means = {k: torch.cat([s[k] for s in seen]).mean().item() for k in seen[0]}
+    return dict(means, ratio_dev=ratio_dev, grad_norm=torch.stack(grad_norms).mean().item(), updates=len(grad_norms))
+
+
+@torch.no_grad()
+def unrelated_kl(policy, batch, n=64):
+    """KL between the distributions of unrelated frames under one instruction and one set of tokens: falls to 0 for a
+    policy that goes blind, which L_inv alone would reward."""
+    inds = torch.linspace(0, len(batch["logprobs"]) - 1, 2 * n).long().to(batch["logprobs"].device)
+    here, there = inds[:n], inds[n:]
+    instructions, latent = [batch["instructions"][i] for i in here.tolist()], batch["latents"][here]
+    dists = [policy.evaluate({k: v[i] for k, v in batch["obs"].items()}, instructions, latent).dist for i in (here, there)]
+    return policy.kl(*dists).mean().item()
+
+
+def save_checkpoint(path: Path, policy, args, trainer: dict):
+    """A directory that appears whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save(temporary)
+    (temporary / "args.json").write_text(json.dumps(vars(args), indent=2))
+    torch.save(trainer, temporary / "trainer.pt")
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    found = sorted(p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+    if not found:
+        raise sim.Fault(f"--resume {run_dir}: there is no checkpoint-* directory in it")
+    return found[-1]
+
+
+def main(args: Args):
+    resumed = None
+    if args.resume:
+        checkpoint = newest_checkpoint(Path(args.resume))
+        resumed = torch.load(checkpoint / "trainer.pt", weights_only=True)
+        saved = json.loads((checkpoint / "args.json").read_text())
+        iterations = args.iterations or saved["iterations"]
+        args = Args(**{**saved, "resume": args.resume, "run_dir": args.resume, "iterations": iterations, "checkpoint": str(checkpoint)})
+    elif args.backbone not in TABLE_3:
+        raise sim.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
+    args = dataclasses.replace(args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None})
+    for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every"):
+        if getattr(args, name) < 1:
+            raise sim.Fault(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    run_dir = Path(args.run_dir or f"runs/{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
+    args.run_dir = str(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    except OSError as error:
+        raise sim.Fault(f"cannot write to --run-dir {run_dir}: {error.strerror}")
+
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if args.checkpoint is None and args.backbone.endswith("-tiny"):
+        args.checkpoint = str(sft.warm_start(args.backbone))
+    policy = policies.load_policy(args.backbone, args.checkpoint, device=device)
+    value_head = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in value_head)]
+    optimizer = torch.optim.AdamW([dict(params=actor, lr=args.learning_rate), dict(params=value_head, lr=args.value_learning_rate)])
+    pair = bool(args.inv_coef or args.sen_coef)
+
+    torch.manual_seed(args.seed)
+    start, episodes = 0, 0
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        torch.set_rng_state(resumed["torch_rng"])
+        start, episodes = resumed["iteration"], resumed["episodes"]
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
+    if args.track:
+        import wandb
+
+        wandb.init(project="pair-vla", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+    recent, reference = deque(maxlen=8), None
+
+    with sim.make_envs(args.num_envs, args.assets, image_size=policy.image_size,
+                       alter=views.task_altering if args.sen_coef else None) as envs:  # fmt: skip
+        if args.num_steps % envs.max_episode_steps:
+            raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
+        backgrounds = views.backgrounds(envs).to(device) if args.inv_coef else None
+        for iteration in tqdm(range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations):
+            t0 = time.time()
+            first = args.seed * 1_000_000 + episodes
+            count = args.num_envs * args.num_steps // envs.max_episode_steps
+            batch, stats = rollout(args, policy, envs, iter(range(first, first + count)), device)
+            episodes += count
+            t1 = time.time()
+            warming = iteration <= args.critic_warmup
+            stats |= update(args, policy, optimizer, batch, backgrounds, value_only=warming)
+            stats |= dict(unrelated_kl=unrelated_kl(policy, batch)) if pair else {}
+            t2 = time.time()
+            stats |= dict(rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=len(batch["logprobs"]) / (t2 - t0))
+            recent.append(stats["success"])
+            for name, value in stats.items():
+                writer.add_scalar(f"train/{name}", value, iteration)
+            tqdm.write(health_line(iteration, stats, recent, warming))
+            if iteration % args.save_every == 0 or iteration == args.iterations:
+                trainer = dict(optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(), iteration=iteration, episodes=episodes)
+                save_checkpoint(run_dir / f"checkpoint-{iteration:06d}", policy, args, trainer)
+    writer.close()
+
+
+def health_line(iteration, stats, recent, warming) -> str:
+    line = (
+        f"{iteration:4d} success {stats['success']:.3f} (last {len(recent)}: {np.mean(recent):.3f}) reward {stats['reward']:.3f} "
+        f"ev {stats['explained_variance']:+.2f} ratio_dev {stats['ratio_dev']:.0e} clipfrac {stats['clipfrac']:.2f} "
+        f"kl {stats['approx_kl']:.4f} entropy {stats['entropy']:.2f} grad {stats['grad_norm']:.2f} "
+    )
+    for name in ("inv_kl", "sen_kl", "sen_clipped", "unrelated_kl"):
+        line += f"{name} {stats[name]:.3f} " if name in stats else ""
+    line += f"| rollout {stats['rollout_seconds']:.1f} s update {stats['update_seconds']:.1f} s, {stats['decisions_per_second']:.0f} decisions/s"
+    return line + (" (critic warm-up)" if warming else "")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (sim.Fault, policies.PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

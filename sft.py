@@ -1,0 +1,349 @@
+"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny backbone, from nothing.
+
+    python sft.py                                       # scenes, demonstrations, two stages of training -> runs/sft
+    python sft.py --clone-steps 400 --out runs/weak     # a deliberately weak start, for studying PPO
+
+Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
+(grounding, answered with the very seven tokens that actions are written in). Its labels are free in the simulator.
+Stage 2 is behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D actions.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sapien
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import envs
+import policies
+
+
+
+@dataclass
+class Args:
+    backbone: str = "openvla-tiny"
+    """a tiny backbone: the big ones come with their own warm start"""
+    out: str = "runs/sft"
+    """where the checkpoint goes"""
+    seed: int = 0
+    """seed of everything"""
+    scenes: int = 1200
+    """episodes with four distractors for pretraining"""
+    demos: int = 1500
+    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
+    pretrain_steps: int = 3000
+    """optimizer steps of segmentation and grounding"""
+    clone_steps: int = 3000
+    """optimizer steps of behaviour cloning (with grounding kept up)"""
+    batch_size: int = 64
+    """frames per optimizer step"""
+    learning_rate: float = 1e-3
+    """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
+
+
+STEP, TURN = 0.06, 0.8  # largest move of one control step: metres, radians
+GROUND_CENTER, GROUND_SCALE = np.array([*envs.CENTER, envs.TABLE_Z + 0.1]), np.array([0.25, 0.25, 0.12])
+
+
+def oracle(env: envs.PutOnPlate) -> np.ndarray:
+    """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry, lower, let go.
+
+    Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
+    """
+    tcp, target, plate = env.tcp_entity.pose.p, env.target_entity.pose.p, env.plate_entity.pose.p
+    half = env.target_half_z
+    move, turn, gripper = np.zeros(3), 0.0, 1.0
+    if env.success:  # done: let go, then rise (both at once would fling the object away)
+        if not env.grasped:
+            move[2] = envs.TABLE_Z + 0.15 - tcp[2]
+    elif env.grasped:
+        gripper = -1.0
+        bottom, to_plate = target[2] - half, plate[:2] - target[:2]
+        if np.linalg.norm(to_plate) > 0.03:
+            move[2] = envs.TABLE_Z + 0.035 - bottom
+            if bottom > envs.TABLE_Z + 0.015:
+                move[:2] = to_plate
+        else:
+            move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
+    else:
+        grasp_z = max(target[2] - 0.2 * half, envs.TABLE_Z + 0.019)  # lower, and the fingertips would press on the table
+        hover_z = envs.TABLE_Z + 2 * half + 0.055
+        offset, turn = target[:2] - tcp[:2], grasp_turn(env)
+        move[:2] = offset
+        if np.linalg.norm(offset) > 0.02 or abs(turn) > 0.25:
+            move[2] = max(hover_z - tcp[2], -0.05 if np.linalg.norm(offset) > 0.05 else -STEP)
+        elif tcp[2] - grasp_z > 0.01:
+            move[2] = grasp_z - tcp[2]
+        else:
+            move[:], turn, gripper = 0, 0, -1.0
+    move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
+    move = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> the robot's base frame
+    return np.array([*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32)
+
+
+def grasp_turn(env: envs.PutOnPlate) -> float:
+    """Signed angle in radians that the hand should turn about the vertical to close across the target."""
+    symmetry = envs.OBJECTS[env.episode.target][1]
+    if symmetry == "round":
+        return 0.0
+    period = np.pi if symmetry == "long" else np.pi / 2
+    error = _yaw(env.target_entity.pose) - _yaw(env.tcp_entity.pose)
+    return (error + period / 2 - 1e-4) % period - period / 2 + 1e-4
+
+
+def _yaw(pose: sapien.Pose) -> float:
+    x_axis = pose.to_transformation_matrix()[:2, 0]
+    return float(np.arctan2(x_axis[1], x_axis[0]))
+
+
+def collect(environments, split: str, episode_ids, noise: float, seed: int):
+    """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
+
+    rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table, 1-25 object, 26 plate,
+    27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of plate and tcp, objects (k,) indices,
+    object_xyz (T, k, 3) metres (target first), success bool. With `noise` the arm is disturbed (in units of the largest
+    step) and the label stays the oracle's, so the data shows how to recover.
+    """
+    env, episodes = environments[0], []
+    for episode_id in episode_ids:
+        rng = np.random.default_rng([seed, episode_id])
+        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        ids = [env.episode.target, *env.episode.distractors]
+        lut = np.zeros(1024, np.uint8)
+        for i, actor in enumerate(env.objects):
+            lut[actor._objs[0].per_scene_id] = 1 + i
+        lut[env.plate_entity.per_scene_id] = 26
+        lut[[link.per_scene_id for link in env.links]] = 27
+        frames, after = {k: [] for k in ("rgb", "classes", "action", "where", "object_xyz")}, 0
+        for _ in range(env.pack.max_episode_steps):
+            rgb, seg = env.picture()
+            action = oracle(env)
+            frames["rgb"].append(rgb.copy())
+            frames["classes"].append(lut[seg[2::4, 2::4]])
+            frames["action"].append(action)
+            frames["where"].append([env.plate_entity.pose.p, env.tcp_entity.pose.p])
+            frames["object_xyz"].append([env.objects[i]._objs[0].pose.p for i in ids])
+            after += env.success
+            if after > 3:
+                break
+            disturbed = action.copy()
+            if noise and rng.random() < 0.5:
+                disturbed[:3] += rng.normal(0, noise * STEP, 3)
+                disturbed[5] += rng.normal(0, noise * TURN)
+            env.step(disturbed)
+        episode = {k: np.array(v) for k, v in frames.items()}
+        episodes.append(dict(episode, objects=np.array(ids), episode_id=episode_id, success=env.success))
+    return episodes
+
+
+def flatten(episodes: list[dict]) -> dict[str, torch.Tensor]:
+    """Episodes of `collect` -> frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
+    object_xyz (N, 5, 3), clone (N,) bool: a frame of a successful episode, from which actions are learnt."""
+    frames = {k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")}
+    lengths = [len(e["action"]) for e in episodes]
+    frames["object_ids"] = torch.full((sum(lengths), 5), -1)
+    frames["object_xyz"] = torch.zeros(sum(lengths), 5, 3)
+    start = 0
+    for e, n in zip(episodes, lengths):
+        frames["object_ids"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["objects"])
+        frames["object_xyz"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["object_xyz"])
+        start += n
+    frames["clone"] = torch.tensor([e["success"] for e in episodes]).repeat_interleave(torch.tensor(lengths))
+    frames["where"] = frames["where"].float()
+    return frames
+
+
+def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
+    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch features (B, n, D)."""
+    side = int(features.shape[1] ** 0.5)
+    cells = classes.shape[1] // side  # labels along one side of a patch
+    logits = head(features).view(len(features), side, side, 28, cells, cells)
+    logits = logits.permute(0, 3, 1, 4, 2, 5).reshape(len(features), 28, *classes.shape[1:])
+    weight = torch.ones(28, device=logits.device)
+    weight[0] = 0.2  # most pixels are table
+    return F.cross_entropy(logits, classes.long(), weight)
+
+
+def grounding_tokens(policy, batch, names):
+    """Asks "where is X" of a random object in each frame -> questions, answer tokens (B, 7): X's x, y, the plate's x, y,
+    the hand's x, y, z, scaled to [-1, 1]."""
+    present = (batch["object_ids"] >= 0).float()
+    pick = torch.multinomial(present, 1)
+    xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
+    places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
+    unit = (places - torch.from_numpy(GROUND_CENTER).float()) / torch.from_numpy(GROUND_SCALE).float()
+    tokens = policy.bin_tokens(torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1))
+    return [names[i] for i in batch["object_ids"].gather(1, pick)[:, 0].tolist()], tokens
+
+
+def token_loss(policy, rgb, prompt, tokens, sigma: float, jitter: float) -> torch.Tensor:
+    """Cross-entropy of tokens (B, 7) under a target smoothed over neighbouring bins (`sigma` bins).
+
+    The model reads its own earlier tokens; in the data they are always the oracle's. `jitter` moves the ones it reads by
+    a few bins, and one in ten anywhere, so that a sampled token later finds an embedding that has been trained.
+    """
+    read = (tokens + (torch.randn(tokens.shape) * jitter).round().long()).clamp(policy.action_begin, policy.action_end - 1)
+    anywhere = torch.randint(policy.action_begin, policy.action_end, tokens.shape)
+    read = torch.where(torch.rand(tokens.shape) < 0.1, anywhere, read)
+    logits = policy.action_logits(policy.preprocess(rgb), *prompt, read)  # (B, 7, 256)
+    bins = torch.arange(logits.shape[-1])
+    distance = (tokens - policy.action_begin)[..., None] - bins
+    target = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)
+    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+
+
+QUESTION = "where is {instruction} <out>"
+
+
+def train(policy, steps: int, args: Args, name: str, losses, parameters):
+    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss (running mean)."""
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
+    means = {}
+    policy.train()
+    bar = tqdm(range(steps), desc=name)
+    for step in bar:
+        for group in optimizer.param_groups:
+            cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100) * cosine
+        loss = losses()
+        optimizer.zero_grad(set_to_none=True)
+        sum(loss.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            means = {k: 0.8 * means[k] + 0.2 * v.item() if means else v.item() for k, v in loss.items()}
+            bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
+    policy.eval()
+
+
+def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
+    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and error of its argmax)."""
+    torch.manual_seed(args.seed)
+    policy = policies.load_policy(args.backbone)
+    names = [name for name, _, _ in envs.OBJECTS]
+    features = []  # of both towers in the last forward pass: segmentation reads them, without a second pass
+    hooks = [tower.register_forward_hook(lambda _, __, out: features.append(out)) for tower in policy.vision_backbone.values()]
+
+    def sample(frames, n):
+        inds = torch.randint(len(frames["rgb"]), (n,))
+        return {k: v[inds] for k, v in frames.items()}
+
+    def grounding(batch):
+        asked, tokens = grounding_tokens(policy, batch, names)
+        return token_loss(policy, batch["rgb"], policy.tokenize([f"the {name}" for name in asked], QUESTION), tokens, 3.0, 4.0)
+
+    def cloning(batch, jitter):
+        prompt = policy.tokenize([f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()])
+        return token_loss(policy, batch["rgb"], prompt, policy.action_tokens(batch["action"]), 2.0, jitter)
+
+    def stage_1():
+        features.clear()
+        batch = sample(pretraining, args.batch_size)
+        loss = grounding(batch)
+        return dict(grounding=loss, segmentation=segmentation_loss(torch.cat(features, -1), batch["classes"], head))
+
+    def stage_2():
+        features.clear()
+        return dict(cloning=cloning(sample(demos, args.batch_size), 4.0),
+                    grounding=0.5 * grounding(sample(pretraining, args.batch_size // 2)))  # fmt: skip
+
+    batch = sample(pretraining, 1)
+    grounding(batch)
+    head = nn.Linear(sum(f.shape[-1] for f in features), 28 * batch["classes"][0].numel() // features[0].shape[1])
+    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*policy.parameters(), *head.parameters()])
+    train(policy, args.clone_steps, args, "behaviour cloning", stage_2, list(policy.parameters()))
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        batch = sample(held_out, 512)
+        names_asked = [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
+        acted = policy.act(batch, names_asked, temperature=0).actions[:, 0]
+        report = dict(
+            cloning_loss=cloning(batch, 0.0).item(),
+            error=(acted - batch["action"]).abs().mean(0).tolist(),
+            error_of_zero=batch["action"].abs().mean(0).tolist(),
+        )
+    return policy, report
+
+
+def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], noise: float, seed: int) -> list[dict]:
+    """`collect` spread over the workers, with a progress bar."""
+    episodes, bar = [], tqdm(total=len(ids), desc=f"episodes ({split})")
+    for start in range(0, len(ids), 16 * vec.num_workers):
+        part = ids[start : start + 16 * vec.num_workers]
+        shares = [part[i :: vec.num_workers] for i in range(vec.num_workers)]
+        for done in vec.map(collect, *[(split, share, noise, seed) for share in shares]):
+            episodes += done
+        bar.update(len(part))
+        bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
+    bar.close()
+    return sorted(episodes, key=lambda e: e["episode_id"])  # the order must not depend on the number of cores
+
+
+def cache_key(args: Args) -> str:
+    """Changes with everything a warm start depends on: the flags, this file, the simulator's file, the model's sizes."""
+    here = Path(__file__).parent
+    parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
+    parts += [(here / name).read_text() for name in ("sft.py", "envs.py")]
+    parts += [json.dumps(policies.load_policy(args.backbone).config, sort_keys=True)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def warm_start(backbone: str) -> Path:
+    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept in runs/."""
+    shipped = Path(__file__).parent / "warmstart" / backbone
+    if shipped.is_dir():
+        return shipped
+    args = Args(backbone=backbone)
+    cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
+    if not cached.is_dir():
+        print(f"no warm start for {backbone} yet: training one, about 20 minutes on two cores", file=sys.stderr)
+        main(dataclasses.replace(args, out=str(cached)))
+    return cached
+
+
+def main(args: Args):
+    if not args.backbone.endswith("-tiny"):
+        raise envs.Fault(f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint")
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise envs.Fault(f"cannot write to --out {out}: {error.strerror}")
+    with envs.make_envs(2, image_size=policies.load_policy(args.backbone).image_size) as vec:
+        # Episode ids: disjoint ranges, all below those of RL training (seed 1 starts at 1,000,000) and of evaluation.
+        scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, args.seed)
+        half = args.demos // 2
+        demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), 0.25, args.seed)
+        demos += collect_parallel(vec, "train", list(range(400_000, 400_000 + args.demos - half)), 0.25, args.seed)
+        held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), 0.25, args.seed)
+    demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
+    policy, report = warm_up(args, flatten(scenes), flatten(demos), flatten(held_out))
+    print(json.dumps(report))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save(partial, dtype=torch.float16)
+    (partial / "args.json").write_text(json.dumps(dict(vars(args), report=report), indent=2))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    print(f"warm start saved in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (envs.Fault, policies.PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
