@@ -696,7 +696,7 @@ def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
         env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=1, sim_backend="cpu", render_backend="cpu",
                        pack=assets, image_size=image_size)  # fmt: skip
     except RuntimeError as error:
-        if "physical device" not in str(error) and "Vulkan" not in str(error):
+        if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
         raise Fault(f"no Vulkan device to render with ({error}): run `python envs.py --check`, it says what to install")
     return env.unwrapped
