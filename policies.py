@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, NamedTuple
 
 import torch
@@ -493,7 +494,7 @@ def find_checkpoint(name, hub):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of these
         reason = str(error).split("\n")[0].rstrip(". ")
-        raise PolicyError(f"{name} is neither a directory here nor a Hub repository within reach ({reason}).") from None
+        raise PolicyError(f"{name} is neither a directory here nor a Hub repository in reach: {reason}; check name and network.") from None
 
 
 def read_json(file):
@@ -603,6 +604,9 @@ def load_weights(config, directory, dtype, device):
     if directory is None:
         policy = OpenVLA(config)
         policy.init_action_tokens()
+        for p in policy.parameters():
+            p.data = p.data.to(dtype)
+        policy.value_head.float()
         policy.init_value_head()
         return policy
     with torch.device("meta"):
@@ -649,8 +653,12 @@ def load_adapter(policy, directory, lora_rank):
         check_tensors(tensors, policy.value_head.state_dict(), directory / "value_head.safetensors")
         policy.value_head.load_state_dict({key: file.get_tensor(key) for key, (file, _) in tensors.items()})
     elif (directory / "training_state.pt").is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
-        training_state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)
-        policy.value_head.load_state_dict(training_state["vh"])
+        try:
+            state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)["vh"]
+        except (RuntimeError, UnpicklingError, KeyError) as error:
+            raise PolicyError(f"{directory / 'training_state.pt'} is damaged or not RL4VLA's ({error!r}).") from None
+        check_tensors({key: (None, list(t.shape)) for key, t in state.items()}, policy.value_head.state_dict(), directory)
+        policy.value_head.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -478,6 +478,14 @@ def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
         tokenizer("In: Out: ")
 
 
+def test_resize_is_antialiased(tiny):
+    """Every output pixel averages all the pixels under it: black and white noise, 8x too large, turns grey."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(2, (1, 768, 768, 1), generator=generator).expand(-1, -1, -1, 3) * 255
+    grey = (tiny.preprocess(noise.to(torch.uint8))[:, 3:] + 1) * 127.5
+    assert grey.std() < 30  # 100 without
+
+
 def test_preprocess(tiny):
     torch.manual_seed(0)
     rgb = torch.randint(256, (2, 96, 96, 3), dtype=torch.uint8)
@@ -618,6 +626,12 @@ def test_save_load_roundtrip(tiny, tiny_dir, tmp_path, obs):
     assert torch.equal(a.dist, b.dist) and torch.equal(a.value, b.value)
     policy.save(tiny_dir)  # over itself
     assert same_weights(load_policy("openvla-tiny", tiny_dir), tiny)
+    loaded = load_policy("openvla-tiny", shutil.copytree(tiny_dir, tmp_path / "copy"))
+    file = tmp_path / "copy" / "model.safetensors"
+    with open(file, "r+b") as f:
+        f.seek(200_000)
+        f.write(bytes(file.stat().st_size - 200_000))
+    assert same_weights(loaded, tiny)  # no weight is a view of the file
     policy.save(tmp_path, dtype=torch.float16)
     assert (tmp_path / "model.safetensors").stat().st_size + (tmp_path / "value_head.safetensors").stat().st_size < 4e6
     half = load_policy("openvla-tiny", tmp_path)
@@ -632,6 +646,7 @@ def test_fresh_weights_follow_the_seed():
     b = load_policy("openvla-tiny")
     torch.manual_seed(5)
     assert same_weights(a, load_policy("openvla-tiny")) and not same_weights(a, b)
+    assert load_policy("openvla-tiny", dtype=torch.bfloat16).dtype == torch.bfloat16
     table = a.language_model.model.embed_tokens.weight[a.action_begin : a.action_end]
     near, far = (table[1:] - table[:-1]).norm(dim=1).mean(), (table[128:] - table[:-128]).norm(dim=1).mean()
     assert near < 0.1 * far, "neighbouring bins start alike"
@@ -700,6 +715,17 @@ def test_rl4vla_training_state(tiny_dir, tmp_path):
     assert same_weights(load_policy("openvla-tiny", tmp_path), policy)
 
 
+def test_damaged_training_state(tiny_dir, tmp_path):
+    load_policy("openvla-tiny", tiny_dir, lora_rank=4).save(tmp_path)
+    (tmp_path / "value_head.safetensors").unlink()
+    torch.save({"optimizer": 1}, tmp_path / "training_state.pt")
+    with pytest.raises(PolicyError, match="training_state.pt is damaged or not RL4VLA's"):
+        load_policy("openvla-tiny", tmp_path)
+    torch.save({"vh": {"mlp.0.weight": torch.ones(1)}}, tmp_path / "training_state.pt")
+    with pytest.raises(PolicyError, match="lacks the tensor head_l1"):
+        load_policy("openvla-tiny", tmp_path)
+
+
 def test_value_head_is_optional(broken_dir):
     (broken_dir / "value_head.safetensors").unlink()
     policy = load_policy("openvla-tiny", broken_dir)
@@ -742,7 +768,7 @@ def test_hub_repository_out_of_reach(monkeypatch):
         raise FileNotFoundError(f"cannot find {repo} at {revision}\nmore")
 
     monkeypatch.setattr(policies, "snapshot_download", unreachable)
-    with pytest.raises(PolicyError, match=r"neither a directory here nor a Hub .*cannot find no/body at v1\)") as info:
+    with pytest.raises(PolicyError, match=r"neither a directory here nor a Hub .*cannot find no/body at v1; check") as info:
         load_policy("openvla", "no/body@v1")
     assert "\n" not in str(info.value)
     with pytest.raises(PolicyError, match="cannot find gen-robot/openvla-7b-rlvla-warmup at None"):
