@@ -1,7 +1,7 @@
 """Policies: observation + instruction -> action chunk, with exact log-probs and KL.
 
     policy = load_policy("openvla-tiny")                                  # random weights, to be trained by sft.py
-    policy = load_policy("openvla", "gen-robot/openvla-7b-rlvla-warmup")  # the official 7B checkpoint, nothing converted
+    policy = load_policy("openvla", "gen-robot/openvla-7b-rlvla-warmup")  # the official 7B checkpoint as it is
     python policies.py merge ADAPTER_DIR OUT_DIR                          # fold a LoRA checkpoint into its base model
 
 OpenVLA: two ViT towers (DINOv2, SigLIP) -> projector -> Llama; an action is 7 tokens of 256 bins each. Everything that
@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tyro.conf import Positional
 
 BACKBONES = ("openvla", "openvla-tiny")
-DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # RL4VLA's warm-up, merged; "name@revision" pins it
-PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # the space matters: it is Llama's token 29871
+DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # "name@revision" pins it
+PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # its last space is Llama's token 29871
 LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
     "proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
     "down_proj", "lm_head",
@@ -86,7 +86,7 @@ OPENVLA_TINY = {
     "pad_to_multiple_of": 64,
     "pad_token_id": 0,
     "text_config": {
-        "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
         "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, ordered as in the 7B's 32064
         "initializer_range": 0.05,
@@ -97,7 +97,7 @@ OPENVLA_TINY = {
     }}},
     # Everything below is not an official field. A patch embedding does not learn to see in minutes; a conv stem does.
     "_tiny_timm_kwargs": [
-        {"embed_dim": 128, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16, "stem": [32, 48, 96],
+        {"embed_dim": 128, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16, "stem": [24, 48, 96],
          "class_token": False, "reg_tokens": 0, "layer_scale": False},
         {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0, "patch_size": 16},
     ],
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1))
 
     def forward(self, x, recompute=False):
-        x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+        x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)  # (B, n, D)
         x = x + self.pos_embed  # patches only: timm has folded the cls position into cls_token
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], 1) if prefix else x
@@ -216,11 +216,24 @@ class OpenVLA(nn.Module):
         for name, p in self.value_head.named_parameters():
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
 
-    def init_action_tokens(self):
-        """Neighbouring bins get neighbouring embeddings, so that a bin no demonstration has used is not plain noise.
+    def init_from_scratch(self):
+        """What pretraining has done for the 7B model: the image reaches Llama, and neighbouring bins are neighbours.
 
-        Random Fourier features of the bin's value; only for training from scratch, where no pretraining has done it.
+        torch's default init shrinks a signal from layer to layer: of the patch tokens only 1.5 % would depend on the
+        image. Position embeddings start as waves over the grid; action tokens as random waves over the bin's value, so
+        that a bin which no demonstration has used is not plain noise.
         """
+        for part in (self.vision_backbone, self.projector):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
+                    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+                    nn.init.zeros_(module.bias)
+        for tower in self.vision_backbone.values():
+            count, dim = tower.pos_embed.shape[1:]
+            axis = torch.linspace(-1, 1, round(count**0.5))
+            angle = torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57  # (n, 2, D/4)
+            tower.pos_embed.data = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)[None] / 2
         x = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
         std = self.language_model.config.initializer_range
         for table in (self.language_model.model.embed_tokens.weight, self.language_model.lm_head.weight):
@@ -228,7 +241,7 @@ class OpenVLA(nn.Module):
             table.data[self.action_begin : self.action_end] = torch.cos(x * freq + phase) * std * 2**0.5
 
     def add_lora(self, rank=32, alpha=None, targets=LORA_TARGETS, lora_config=None):
-        """fp32 adapters on every linear layer; they and the value head are all that trains. alpha None: alpha = rank."""
+        """fp32 adapters on every linear layer; only they and the value head train. alpha None: alpha = rank."""
         self.lora_config = lora_config or LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian",
             base_model_name_or_path=self.name,
@@ -275,7 +288,7 @@ class OpenVLA(nn.Module):
         The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
         """
         if self.tokenizer is None:
-            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file to it.")
+            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file.")
         prompt = prompt or self.config.get("_prompt", PROMPT)
         for key in {(prompt, text) for text in instructions} - self._prompt_ids.keys():
             self._prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
@@ -494,7 +507,8 @@ def find_checkpoint(name, hub):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of these
         reason = str(error).split("\n")[0].rstrip(". ")
-        raise PolicyError(f"{name} is neither a directory here nor a Hub repository in reach: {reason}; check name and network.") from None
+        hint = f"{reason}; check name and network."
+        raise PolicyError(f"{name} is neither a directory here nor a Hub repository in reach: {hint}") from None
 
 
 def read_json(file):
@@ -603,7 +617,7 @@ def load_weights(config, directory, dtype, device):
     """Check every name and shape on the meta device, then read each tensor straight to where it will live."""
     if directory is None:
         policy = OpenVLA(config)
-        policy.init_action_tokens()
+        policy.init_from_scratch()
         for p in policy.parameters():
             p.data = p.data.to(dtype)
         policy.value_head.float()
@@ -657,7 +671,8 @@ def load_adapter(policy, directory, lora_rank):
             state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)["vh"]
         except (RuntimeError, UnpicklingError, KeyError) as error:
             raise PolicyError(f"{directory / 'training_state.pt'} is damaged or not RL4VLA's ({error!r}).") from None
-        check_tensors({key: (None, list(t.shape)) for key, t in state.items()}, policy.value_head.state_dict(), directory)
+        found = {key: (None, list(tensor.shape)) for key, tensor in state.items()}
+        check_tensors(found, policy.value_head.state_dict(), directory / "training_state.pt")
         policy.value_head.load_state_dict(state)
 
 
@@ -694,7 +709,8 @@ def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None =
     del policy, state, module  # two 7B models need not fit at once
     after = load_policy(backbone, out, **options).action_logits(*inputs)
     error = (after - before).abs()
-    print(f"{out}: logits differ by {error.max():.2g} at most, {error.mean():.2g} on average; their std {before.std():.2g}")
+    size = f"{error.max():.2g} at most, {error.mean():.2g} on average"
+    print(f"{out}: logits differ by {size}; their std is {before.std():.2g}")
     if error.mean() > (1e-4 if dtype == "float32" else 0.3) * before.std():
         raise PolicyError(f"{out} does not compute what {checkpoint} does; do not use it.")
 
