@@ -183,7 +183,7 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
 
     # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
     def far(a, b, gap):
-        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap
+        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap + 1e-6  # 15 cm apart to the last bit is too near
 
     targets = RING if s.held_out_poses else GRID
     target_plate = far(targets, GRID, pack.plate_gap(target))
