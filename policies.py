@@ -234,6 +234,9 @@ class OpenVLA(nn.Module):
             axis = torch.linspace(-1, 1, round(count**0.5))
             angle = torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57  # (n, 2, D/4)
             tower.pos_embed.data = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)[None] / 2
+        for layer in self.language_model.model.layers:  # attention starts by content: a word looks at patches like it
+            nn.init.normal_(layer.self_attn.q_proj.weight, std=0.07)
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
         x = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
         std = self.language_model.config.initializer_range
         for table in (self.language_model.model.embed_tokens.weight, self.language_model.lm_head.weight):

@@ -43,13 +43,13 @@ class Args:
     """episodes with four distractors for pretraining"""
     demos: int = 1500
     """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
-    pretrain_steps: int = 3000
+    pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
-    clone_steps: int = 3000
+    clone_steps: int = 1300
     """optimizer steps of behaviour cloning (with grounding kept up)"""
     batch_size: int = 64
     """frames per optimizer step"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.4e-3
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
@@ -176,6 +176,19 @@ def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
     return F.cross_entropy(logits, classes.long(), weight)
 
 
+def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
+    """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
+    object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
+    table = policy.language_model.model.embed_tokens.weight
+    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names])  # (25, H)
+    logits = F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]  # (B, n, 25)
+    side = int(patches.shape[1] ** 0.5)
+    cells = classes.shape[1] // side
+    tiles = classes.view(-1, side, cells, side, cells).permute(0, 1, 3, 2, 4).reshape(*patches.shape[:2], cells**2)
+    present = F.one_hot(tiles.long(), 28).sum(2)[..., 1:26] >= 2
+    return F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
+
+
 def grounding_tokens(policy, batch, names):
     """Asks "where is X" of a random object in each frame -> questions, answer tokens (B, 7): X's x, y, the plate's x, y,
     the hand's x, y, z, scaled to [-1, 1]."""
@@ -189,7 +202,7 @@ def grounding_tokens(policy, batch, names):
 
 
 def token_loss(policy, rgb, prompt, tokens, sigma: float, jitter: float) -> torch.Tensor:
-    """Cross-entropy of tokens (B, 7) under a target smoothed over neighbouring bins (`sigma` bins).
+    """(7,) cross-entropy of tokens (B, 7) under a target smoothed over neighbouring bins (`sigma` bins).
 
     The model reads its own earlier tokens; in the data they are always the oracle's. `jitter` moves the ones it reads by
     a few bins, and one in ten anywhere, so that a sampled token later finds an embedding that has been trained.
@@ -201,7 +214,7 @@ def token_loss(policy, rgb, prompt, tokens, sigma: float, jitter: float) -> torc
     bins = torch.arange(logits.shape[-1])
     distance = (tokens - policy.action_begin)[..., None] - bins
     target = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)
-    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+    return -(target * logits.log_softmax(-1)).sum(-1).mean(0)  # (B, 7) -> (7,)
 
 
 QUESTION = "where is {instruction} <out>"
@@ -233,8 +246,10 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
     names = [name for name, _, _ in envs.OBJECTS]
-    features = []  # of both towers in the last forward pass: segmentation reads them, without a second pass
-    hooks = [tower.register_forward_hook(lambda _, __, out: features.append(out)) for tower in policy.vision_backbone.values()]
+    features = []  # of both towers and the projector in the last forward pass: read here without a second pass
+    parts = [*policy.vision_backbone.values(), policy.projector["fc3"]]
+    hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in parts]
+    scale = nn.Parameter(torch.tensor([1.5, -4.0]))  # of the alignment: log inverse temperature, bias
 
     def sample(frames, n):
         inds = torch.randint(len(frames["rgb"]), (n,))
@@ -242,27 +257,32 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
 
     def grounding(batch):
         asked, tokens = grounding_tokens(policy, batch, names)
-        return token_loss(policy, batch["rgb"], policy.tokenize([f"the {name}" for name in asked], QUESTION), tokens, 3.0, 4.0)
+        prompt = policy.tokenize([f"the {name}" for name in asked], QUESTION)
+        return token_loss(policy, batch["rgb"], prompt, tokens, 3.0, 4.0).mean()
 
     def cloning(batch, jitter):
         prompt = policy.tokenize([f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()])
-        return token_loss(policy, batch["rgb"], prompt, policy.action_tokens(batch["action"]), 2.0, jitter)
+        return token_loss(policy, batch["rgb"], prompt, policy.action_tokens(batch["action"]), 2.0, jitter).mean()
 
     def stage_1():
         features.clear()
-        batch = sample(pretraining, args.batch_size)
+        batch = sample(pretraining if torch.rand(()) < 0.6 else demos, args.batch_size)
         loss = grounding(batch)
-        return dict(grounding=loss, segmentation=segmentation_loss(torch.cat(features, -1), batch["classes"], head))
+        return dict(
+            grounding=loss,
+            segmentation=segmentation_loss(torch.cat(features[:2], -1), batch["classes"], head),
+            alignment=2 * alignment_loss(policy, features[2], batch["classes"], names, scale),
+        )
 
     def stage_2():
         features.clear()
         return dict(cloning=cloning(sample(demos, args.batch_size), 4.0),
-                    grounding=0.5 * grounding(sample(pretraining, args.batch_size // 2)))  # fmt: skip
+                    grounding=0.7 * grounding(sample(pretraining if torch.rand(()) < 0.5 else demos, args.batch_size // 2)))  # fmt: skip
 
     batch = sample(pretraining, 1)
     grounding(batch)
-    head = nn.Linear(sum(f.shape[-1] for f in features), 28 * batch["classes"][0].numel() // features[0].shape[1])
-    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*policy.parameters(), *head.parameters()])
+    head = nn.Linear(sum(f.shape[-1] for f in features[:2]), 28 * batch["classes"][0].numel() // features[0].shape[1])
+    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*policy.parameters(), *head.parameters(), scale])
     train(policy, args.clone_steps, args, "behaviour cloning", stage_2, list(policy.parameters()))
     for hook in hooks:
         hook.remove()

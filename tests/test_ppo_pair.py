@@ -1,0 +1,160 @@
+"""The update: GAE and losses against official numbers and brute force, reductions, and a toy that must be learnt."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import envs as sim
+import policies
+import ppo_pair
+
+GOLDEN = Path(__file__).parents[2] / "shared/golden/openvla_ppo_ref/ppo_ref.safetensors"
+golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN} is not here")
+
+
+@golden
+def test_gae_equals_the_ancestors():
+    ref = load_file(GOLDEN)
+    dones = ref["gae_dones"][1:]  # there: "ended before observation t"; ours: "ended with step t"
+    advantages, returns = ppo_pair.gae(ref["gae_rewards"], ref["gae_values"], dones, 0.99, 0.95)
+    torch.testing.assert_close(advantages, ref["gae_advantages_raw"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(returns, ref["gae_returns"], atol=1e-6, rtol=0)
+
+
+@golden
+def test_losses_and_gradients_equal_the_ancestors():
+    ref = {k: v.squeeze(-1) if v.ndim == 2 and v.shape[1] == 1 else v for k, v in load_file(GOLDEN).items()}
+    logprob, value = ref["ppo_logprob"].clone().requires_grad_(), ref["ppo_value"].clone().requires_grad_()
+    pg_loss, ratio = ppo_pair.ppo_loss(logprob, ref["ppo_old_logprob"], ref["ppo_advantage"], 0.2)
+    v_loss = ppo_pair.value_loss(value, ref["ppo_old_value"], ref["ppo_return"], 0.2)
+    (pg_loss.mean() + v_loss.mean()).backward()
+    torch.testing.assert_close(pg_loss.mean(), ref["ppo_policy_loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(v_loss.mean(), ref["ppo_value_loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logprob.grad, ref["grad_logprob"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(value.grad, ref["grad_value"], atol=1e-6, rtol=1e-6)
+
+
+def test_gae_brute_force():
+    """A_t = sum_k (gamma lambda)^k delta_{t+k} up to the end of the episode, written out."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(9, 4, generator=generator), torch.randn(10, 4, generator=generator)
+    dones = torch.rand(9, 4, generator=generator) < 0.3
+    advantages, returns = ppo_pair.gae(rewards, values, dones, 0.9, 0.8)
+    for n in range(4):
+        for t in range(9):
+            expected, discount = 0.0, 1.0
+            for k in range(t, 9):
+                expected += discount * (rewards[k, n] + 0.9 * values[k + 1, n] * (not dones[k, n]) - values[k, n])
+                discount *= 0.9 * 0.8
+                if dones[k, n]:
+                    break
+            assert abs(advantages[t, n] - expected) < 1e-5
+    torch.testing.assert_close(returns, advantages + values[:-1])
+
+
+def test_a_loss_that_would_broadcast_is_refused():
+    """RL4VLA's policy loss is silently 7 times too large because of shapes that broadcast."""
+    with pytest.raises(AssertionError):
+        ppo_pair.ppo_loss(torch.zeros(4, 7), torch.zeros(4, 7), torch.zeros(4, 7), 0.2)
+    with pytest.raises(AssertionError):
+        ppo_pair.value_loss(torch.zeros(4), torch.zeros(4, 1), torch.zeros(4), 0.2)
+
+
+# ------------------------------------------------------------------------------------------------ a toy to learn
+class Toy:
+    """A vector environment whose right action is written in the image: move towards the bright side. Two steps per
+    episode; the second one's picture is new, so credit has to go to the right step. Same interface as envs.VecEnv."""
+
+    max_episode_steps = 2
+
+    def __init__(self, num_envs, seed=0, blind=False):
+        self.num_envs, self.blind, self.rng = num_envs, blind, torch.Generator().manual_seed(seed)
+        self.instructions = ["put red cube on plate"] * num_envs
+
+    def look(self):
+        self.right = torch.rand(self.num_envs, generator=self.rng) < 0.5
+        rgb = torch.full((self.num_envs, 16, 16, 3), 40, dtype=torch.uint8)
+        rgb[self.right, :, 8:] = 220
+        rgb[~self.right, :, :8] = 220
+        if self.blind:
+            rgb[:] = 128
+        return dict(rgb=rgb, mask=torch.zeros(rgb.shape[:3], dtype=torch.bool))
+
+    def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
+        self.elapsed, self.correct = 0, torch.zeros(self.num_envs)
+        return self.look()
+
+    def step(self, actions):
+        hit = ((actions[:, 0, 0] > 0) == self.right).float()
+        self.correct += hit
+        self.elapsed += 1
+        info = dict(success_once=self.correct == self.max_episode_steps)
+        return self.look(), hit, torch.full((self.num_envs,), self.elapsed == self.max_episode_steps), info
+
+
+def toy_policy():
+    config = copy.deepcopy(policies.OPENVLA_TINY)
+    config["image_sizes"] = [16, 16]
+    config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                  num_key_value_heads=2)  # fmt: skip
+    config["_tiny_timm_kwargs"][0] |= dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16])
+    config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
+    policy = policies.OpenVLA(config)
+    policy.init_from_scratch()
+    policy.init_value_head()
+    policy.use_norm_stats("builtin")
+    policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
+    return policy.eval()
+
+
+def toy_args(**changes):
+    args = ppo_pair.Args(num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, target_kl=0.0, inv_coef=0.0,
+                         sen_coef=0.0, sen_clip=0.8, gamma=0.5)  # fmt: skip
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def learn_toy(iterations, blind=False, args=None, spoil=None):
+    """Success of the last 5 of `iterations` rollouts, under the real rollout and update. spoil(batch) breaks something."""
+    torch.manual_seed(0)
+    policy, args, toy = toy_policy(), args or toy_args(), Toy(64, blind=blind)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    successes = []
+    for _ in range(iterations):
+        batch, stats = ppo_pair.rollout(args, policy, toy, iter(range(10**6)), torch.device("cpu"))
+        if spoil is not None:
+            spoil(batch)
+        ppo_pair.update(args, policy, optimizer, batch)
+        successes.append(stats["success"])
+        if sum(successes[-5:]) > 4.75:
+            break
+    return sum(successes[-5:]) / 5
+
+
+def test_it_learns_what_is_written_in_the_image():
+    assert learn_toy(60) > 0.9  # both steps right; chance is 0.25
+
+
+def test_it_does_not_learn_with_the_advantage_sign_flipped():
+    assert learn_toy(25, spoil=lambda batch: batch["advantages"].neg_()) < 0.3
+
+
+def test_it_does_not_learn_blind():
+    assert learn_toy(25, blind=True) < 0.4
+
+
+def test_it_does_not_learn_where_the_mask_hides_the_image(monkeypatch):
+    def no_patches(self, attention_mask, num_patches):
+        mask, positions = layout(self, attention_mask, num_patches)
+        mask = mask.clone()
+        mask[..., 1 : 1 + num_patches] = False
+        mask[:, :, range(mask.shape[2]), range(mask.shape[2])] = True  # a row may not be empty
+        return mask, positions
+
+    layout = policies.OpenVLA._layout
+    monkeypatch.setattr(policies.OpenVLA, "_layout", no_patches)
+    assert learn_toy(25) < 0.4
