@@ -15,6 +15,7 @@ os.environ.setdefault("LP_NUM_THREADS", "0")  # lavapipe renders in the calling 
 
 import colorsys
 import importlib
+import json
 import mmap
 import pickle
 import re
@@ -24,9 +25,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -912,3 +915,158 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
     cores = len(os.sched_getaffinity(0))
     return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), alter)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line: preflight and contact sheet
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    check: bool = False
+    """does this machine render? prints versions, driver, time of one frame, free space; says what to install if not"""
+    gallery: str | None = None
+    """PNG file to draw a contact sheet in: every split, and the pair of views with its mask"""
+    assets: str = "builtin"
+    """asset pack"""
+
+
+INSTALL = (
+    "install Mesa's lavapipe, version 24.3 or later: `make setup` does it on Debian and Ubuntu where it may use apt-get,"
+    " elsewhere it prints the commands"
+)
+
+
+def probe(assets: str):
+    """Runs in a child process, because a broken driver may take its process down: prints one line of JSON."""
+    device = sapien.render.get_device_summary().strip()
+    start = time.perf_counter()
+    env = make_env(assets)
+    env.reset(seed=0, options=dict(episode_ids=[0], split="train"))
+    env.picture()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    rgb, ids = env.picture()
+    frame = time.perf_counter() - start
+    shown = env.foreground(ids).mean()  # the mask comes from the second picture that a driver must be able to draw
+    print(json.dumps(dict(device=device, first=first, frame=frame, contrast=float(rgb.std()), shown=float(shown))))
+
+
+def check(assets: str):
+    """Preflight: prints what is here. Raises Fault with what to install where no picture comes out."""
+    if assets not in PACKS:
+        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    names = ("torch", "mani_skill", "sapien", "transformers")
+    print("python", sys.version.split()[0], *(f"| {name} {version(name)}" for name in names))
+    gigabyte = 1e9
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / gigabyte
+    disk = shutil.disk_usage(".").free / gigabyte
+    print(f"{len(os.sched_getaffinity(0))} cores | free: {memory:.1f} GB memory, {disk:.1f} GB disk here", end="")
+    if torch.cuda.is_available():
+        print(f", {torch.cuda.mem_get_info()[0] / gigabyte:.1f} GB on {torch.cuda.get_device_name()}")
+    else:
+        print(" | no CUDA device")
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.resolve())!r}); import envs; envs.probe({assets!r})"
+    try:
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        raise Fault(f"the Vulkan driver did not draw one frame in 300 s: {INSTALL}")
+    if child.returncode < 0:
+        raise Fault(f"the Vulkan driver crashed ({signal.Signals(-child.returncode).name}) when it had to draw: {INSTALL}")
+    if child.returncode > 0:
+        reason = child.stderr.strip().splitlines()[-1]
+        if "vk::" in reason or "device" in reason:
+            raise Fault(f"no Vulkan device that can draw ({reason}): {INSTALL}")
+        print(child.stderr, file=sys.stderr)
+        raise Fault(f"no frame could be drawn, the traceback is above ({reason})")
+    found = json.loads(child.stdout.splitlines()[-1])
+    print(found["device"])
+    print(f"first frame after {found['first']:.1f} s (compiles shaders), the next in {1000 * found['frame']:.1f} ms")
+    if found["contrast"] < 5 or not 0.01 < found["shown"] < 0.9:
+        raise Fault(f"the Vulkan driver drew an empty picture: {INSTALL}")
+    print("ok: this machine renders")
+
+
+def gallery(file: str, assets: str, tile: int = 224):
+    """One picture of every split (the same six episodes in each row) and of the pair of views, with labels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    import sft
+    import views
+
+    if not file.endswith(".png"):
+        raise Fault(f"--gallery {file}: the name must end in .png")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        open(file, "ab").close()
+    except OSError as error:
+        raise Fault(f"cannot write --gallery {file}: {error.strerror}")
+    env = make_env(assets, tile)
+
+    def reset(episode_id, split):
+        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        return env.picture()[0].copy()
+
+    about = {
+        "train": "16 tables, 16 objects,\n36 positions, 4 yaws,\none distractor",
+        "texture": "5 held-out tables",
+        "lighting": "20 held-out lights",
+        "pose": "target on a ring outside\nthe training square,\nat held-out yaws",
+        "camera+20": "camera turned by 20 deg",
+        "camera-20": "and the other way",
+    }
+    about.update({f"clutter-{k}": f"{k} distractors,\nhalf of them held out" for k in (2, 4, 6, 8)})
+    splits = [*SPLITS, "camera+20", "camera-20"]
+    ids = range(6)
+    rows = [(name, about[name], [reset(i, name) for i in ids], None) for name in splits]
+    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
+                "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
+    for text, episode_id, lift, background, seeds in (
+        ("task-preserving (Eq. 5)\nand task-altering view\nof a training frame", 2, False, 5, (3, 1)),
+        ("the same with the target\nin the gripper: physics\ndoes not notice", 4, True, 9, (3, 2)),
+    ):
+        reset(episode_id, "train")
+        while lift and not (env.grasped and env.target_entity.pose.p[2] > TABLE_Z + 0.045):
+            env.step(sft.oracle(env))
+            env.elapsed += 1
+            assert env.elapsed < env.pack.max_episode_steps, "the scripted oracle should have lifted the target by now"
+        rgb, bodies = env.picture()
+        rgb, mask = rgb.copy(), env.foreground(bodies)
+        empty = views.render_backgrounds([env], [background])
+        o_pre = views.task_preserving(*(torch.from_numpy(x) for x in (rgb[None], mask[None], empty)))[0].numpy()
+        alt = [views.task_altering(env, np.random.default_rng(seed)).copy() for seed in seeds]
+        rows.append(("the pair", text, [rgb, np.uint8(255 * np.dstack([mask] * 3)), empty[0], o_pre, *alt], captions))
+
+    left, gap, head = 200, 4, 22
+    bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
+    sheet = Image.new("RGB", (left + 6 * (tile + gap), gap + sum(bottom)), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
+    for title, text, pictures, captions in rows:
+        for j, picture in enumerate(pictures):
+            x = left + j * (tile + gap)
+            if captions is not None:
+                draw.text((x + 2, y + 2), captions[j], "black", small)
+            sheet.paste(Image.fromarray(picture), (x, y + head * (captions is not None)))
+        top = y + head * (captions is not None)
+        draw.text((10, top + 10), title, "black", big)
+        draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
+        y = top + tile + gap
+    sheet.quantize(256).save(file, optimize=True)
+    print(f"{file}: {sheet.width} x {sheet.height} pixels")
+
+
+def main(args: Args):
+    if not args.check and args.gallery is None:
+        raise Fault("nothing to do: say --check or --gallery FILE.png")
+    if args.check:
+        check(args.assets)
+    if args.gallery is not None:
+        gallery(args.gallery, args.assets)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except Fault as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
