@@ -17,7 +17,6 @@ import colorsys
 import importlib
 import json
 import mmap
-import pickle
 import re
 import shutil
 import signal
@@ -268,7 +267,8 @@ OBJECTS = [
     ("brown stick", "long", [_box("brown", 0.12, 0.022, 0.022)]),
     ("mushroom", "round", [_can("white", 0.012, 0.035), _ball("red", 0.023, (0, 0, 0.027))]),
     ("house", "square", [_box("tan", 0.04, 0.04, 0.03), _box("red", 0.028, 0.042, 0.028, (0, 0, 0.02))]),
-    ("striped can", "round", [_can("white", 0.02, 0.02, (0, 0, -0.02)), _can("red", 0.02, 0.02), _can("white", 0.02, 0.02, (0, 0, 0.02))]),
+    ("striped can", "round", [_can("white", 0.02, 0.02, (0, 0, -0.02)), _can("red", 0.02, 0.02),
+                              _can("white", 0.02, 0.02, (0, 0, 0.02))]),
     ("domino", "long", [_box("black", 0.035, 0.035, 0.03, (-0.0175, 0, 0)), _box("white", 0.035, 0.035, 0.03, (0.0175, 0, 0))]),
     ("lime disc", "round", [_can("lime", 0.032, 0.025)]),
     ("traffic light", "long", [_box("gray", 0.09, 0.028, 0.022), _ball("red", 0.012, (-0.028, 0, 0.012)),
@@ -278,9 +278,11 @@ OBJECTS = [
     ("snowman", "round", [_ball("white", 0.024), _ball("white", 0.016, (0, 0, 0.034))]),
     ("orange cube", "square", [_box("orange", 0.045, 0.045, 0.035)]),
     ("blue stick", "long", [_pill("blue", 0.012, 0.11)]),
-    ("pyramid", "square", [_box("yellow", 0.06, 0.06, 0.016), _box("orange", 0.04, 0.04, 0.016, (0, 0, 0.016)), _box("red", 0.022, 0.022, 0.016, (0, 0, 0.032))]),
+    ("pyramid", "square", [_box("yellow", 0.06, 0.06, 0.016), _box("orange", 0.04, 0.04, 0.016, (0, 0, 0.016)),
+                           _box("red", 0.022, 0.022, 0.016, (0, 0, 0.032))]),
     ("hammer", "long", [_rod("tan", 0.01, 0.09, (-0.02, 0, 0)), _box("gray", 0.03, 0.05, 0.03, (0.035, 0, 0))]),
-    ("bowtie", "long", [_box("purple", 0.03, 0.05, 0.026, (-0.028, 0, 0)), _box("pink", 0.03, 0.02, 0.02), _box("purple", 0.03, 0.05, 0.026, (0.028, 0, 0))]),
+    ("bowtie", "long", [_box("purple", 0.03, 0.05, 0.026, (-0.028, 0, 0)), _box("pink", 0.03, 0.02, 0.02),
+                        _box("purple", 0.03, 0.05, 0.026, (0.028, 0, 0))]),
     ("black puck", "round", [_can("black", 0.03, 0.022)]),
 ]  # fmt: skip
 
@@ -302,7 +304,10 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     elif pattern == 3:  # mosaic
         t = np.kron(rng.random((64, 64)), np.ones((size // 64, size // 64)))
     elif pattern == 4:  # marble
-        waves = [np.abs(np.sin(2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(0, 6))) / 2**o for o in range(4)]
+        waves = []
+        for o in range(4):
+            phase = 2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(0, 6)
+            waves.append(np.abs(np.sin(phase)) / 2**o)
         t = sum(waves) / np.max(sum(waves))
     elif pattern == 5:  # dots
         t = ((x * freq) % 1 - 0.5) ** 2 + ((y * freq) % 1 - 0.5) ** 2 < 0.08
@@ -753,7 +758,7 @@ def _worker(conn_fd: int, memory_fd: int):
     except EOFError:
         pass  # the main process is gone or has closed us
     except Exception as error:
-        conn.send(("fault" if isinstance(error, Fault) else "error", str(error) if isinstance(error, Fault) else traceback.format_exc()))
+        conn.send(("fault", str(error)) if isinstance(error, Fault) else ("error", traceback.format_exc()))
 
 
 def _reference(function) -> tuple[str, str]:
@@ -784,7 +789,8 @@ class VecEnv:
         self._arrays = _map_arrays(mmap.mmap(shared.fileno(), 0), layout)
         self._slots = [list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)]
         self._workers = []
-        code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import envs; envs._worker(%d, %d)"
+        here = os.path.dirname(os.path.abspath(__file__))
+        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs._worker(%d, %d)"
         for slots in self._slots:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-c", code % (theirs.fileno(), shared.fileno())]
@@ -1007,7 +1013,7 @@ def gallery(file: str, assets: str, tile: int = 224):
         return env.picture()[0].copy()
 
     about = {
-        "train": "16 tables, 16 objects,\n36 positions, 4 yaws,\none distractor",
+        "train": "16 tables, 16 objects,\n6 x 6 grid, 4 yaws,\none distractor",
         "texture": "5 held-out tables",
         "lighting": "20 held-out lights",
         "pose": "target on a ring outside\nthe training square,\nat held-out yaws",
@@ -1018,6 +1024,7 @@ def gallery(file: str, assets: str, tile: int = 224):
     splits = [*SPLITS, "camera+20", "camera-20"]
     ids = range(6)
     rows = [(name, about[name], [reset(i, name) for i in ids], None) for name in splits]
+    rows[0] = (*rows[0][:3], [f"episode {i}" for i in ids])
     captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
                 "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
     for text, episode_id, lift, background, seeds in (
@@ -1051,7 +1058,8 @@ def gallery(file: str, assets: str, tile: int = 224):
         draw.text((10, top + 10), title, "black", big)
         draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
         y = top + tile + gap
-    sheet.quantize(256).save(file, optimize=True)
+    palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
+    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
     print(f"{file}: {sheet.width} x {sheet.height} pixels")
 
 

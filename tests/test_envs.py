@@ -162,10 +162,9 @@ def test_frame_shows_the_split(env, start):
 def test_camera_orbits_by_so_many_degrees(env, start):
     def azimuth(split):
         start(env, 1, split, exact=False)
-        matrix = np.linalg.inv(np.vstack([env.camera.get_extrinsic_matrix(), [0, 0, 0, 1]]) if
-                               env.camera.get_extrinsic_matrix().shape[0] == 3 else env.camera.get_extrinsic_matrix())  # fmt: skip
-        eye = matrix[:3, 3]
-        ahead = matrix[:3, 2]  # OpenCV: z looks ahead
+        world_to_camera = np.vstack([env.camera.get_extrinsic_matrix()[:3], [0, 0, 0, 1]])
+        camera_to_world = np.linalg.inv(world_to_camera)
+        eye, ahead = camera_to_world[:3, 3], camera_to_world[:3, 2]  # OpenCV: z looks ahead
         at = eye + ahead * np.linalg.norm(np.append(CENTER, 0.945) - eye)
         return np.rad2deg(np.arctan2(*(eye[:2] - CENTER)[::-1])), np.linalg.norm(eye[:2] - CENTER), eye[2], at
 
