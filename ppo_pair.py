@@ -9,6 +9,7 @@ o_alt  same instant, target elsewhere:          the action distribution should c
 
 One iteration: every environment plays whole episodes (rollout), advantages by GAE, then the update with Eq. (1)-(4).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,11 +41,11 @@ import views
 TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
-        value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0,
+        value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=40, num_envs=32, num_steps=40, batch_size=320, update_epochs=2, learning_rate=1e-4,
-        value_learning_rate=1e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=4, target_kl=0.05,
+        value_learning_rate=1e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=3, target_kl=0.05, detach_value=True,
     ),
 }  # fmt: skip
 
@@ -107,6 +108,8 @@ class Args:
     """stop an iteration's update once approx KL(old || new) is above this; 0: never"""
     critic_warmup: int | None = None
     """first iterations in which only the value head learns: a critic that starts wrong sinks a warm-started policy"""
+    detach_value: bool | None = None
+    """if toggled, the value loss teaches the value head alone and not the backbone it reads"""
     inv_coef: float | None = None
     """lambda_inv of Eq. (4) (Table 3)"""
     sen_coef: float | None = None
@@ -164,7 +167,9 @@ def rollout(args, policy, envs, episode_ids, device):
             rewards.append(reward.to(device))
             dones.append(done.to(device))
         # OPEN: the clock that ends an episode is no part of the observation, so what was still to come is added (RLinf)
-        rewards[-1] = rewards[-1] + args.gamma * policy.value({k: v.to(device) for k, v in next_obs.items()}, envs.instructions)
+        rewards[-1] = rewards[-1] + args.gamma * policy.value(
+            {k: v.to(device) for k, v in next_obs.items()}, envs.instructions
+        )
         successes.append(info["success_once"])
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
     advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
@@ -191,7 +196,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
     n = len(batch["logprobs"])
     device = batch["logprobs"].device
     seen, ratio_dev, grad_norms, stop = [], None, [], False
-    for _ in range(args.update_epochs):
+    for _ in range(args.update_epochs * (4 if value_only else 1)):  # a critic alone can be fitted without fear
         b_inds = torch.randperm(n)
         for start in range(0, n, args.batch_size):
             mb_inds = b_inds[start : start + args.batch_size]
@@ -207,7 +212,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                 if ratio_dev is None:
                     ratio_dev = (ratio - 1).abs().max().item()
                     if ratio_dev > 0.05:
-                        raise sim.Fault(f"the update computes other log-probs than the rollout did (ratio off by {ratio_dev:.3f} "
+                        raise sim.Fault(f"update and rollout compute different log-probs (ratio off by {ratio_dev:.3f} "
                                         "before any step): the policy's act and evaluate disagree")  # fmt: skip
                 loss = v_loss if value_only else pg_loss - args.ent_coef * new.entropy + v_loss
                 stats = dict(pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy, clipfrac=(ratio - 1).abs() > args.clip_coef,
@@ -229,9 +234,16 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                     stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
                 (loss.sum() / len(mb_inds)).backward()
                 seen.append({k: v.detach().float() for k, v in stats.items()})
-            grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                [p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm
+            )
             if not torch.isfinite(grad_norm):
-                raise sim.Fault("the gradient is not finite: training stopped before the step, the last checkpoint is good")
+                raise sim.Fault(
+                    "the gradient is not finite: training stopped before the step, the last checkpoint is good"
+                )
+            if value_only:  # the first group is the policy's
+                for p in optimizer.param_groups[0]["params"]:
+                    p.grad = None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             grad_norms.append(grad_norm)
@@ -252,8 +264,21 @@ def unrelated_kl(policy, batch, n=64):
     inds = torch.linspace(0, len(batch["logprobs"]) - 1, 2 * n).long().to(batch["logprobs"].device)
     here, there = inds[:n], inds[n:]
     instructions, latent = [batch["instructions"][i] for i in here.tolist()], batch["latents"][here]
-    dists = [policy.evaluate({k: v[i] for k, v in batch["obs"].items()}, instructions, latent).dist for i in (here, there)]
+    dists = [
+        policy.evaluate({k: v[i] for k, v in batch["obs"].items()}, instructions, latent).dist for i in (here, there)
+    ]
     return policy.kl(*dists).mean().item()
+
+
+@torch.no_grad()
+def check_sight(policy, obs, instructions):
+    """A policy that does not see acts without any error (OpenVLA on newer transformers did): stop before it trains."""
+    latent = policy.act(obs, instructions).latent
+    black, white = (
+        policy.evaluate({**obs, "rgb": torch.full_like(obs["rgb"], v)}, instructions, latent).dist for v in (0, 255)
+    )
+    if policy.kl(black, white).max() < 1e-6:
+        raise sim.Fault("the policy does not see: a black and a white image give the same actions")
 
 
 def save_checkpoint(path: Path, policy, args, trainer: dict):
@@ -281,7 +306,15 @@ def main(args: Args):
         resumed = torch.load(checkpoint / "trainer.pt", weights_only=True)
         saved = json.loads((checkpoint / "args.json").read_text())
         iterations = args.iterations or saved["iterations"]
-        args = Args(**{**saved, "resume": args.resume, "run_dir": args.resume, "iterations": iterations, "checkpoint": str(checkpoint)})
+        args = Args(
+            **{
+                **saved,
+                "resume": args.resume,
+                "run_dir": args.resume,
+                "iterations": iterations,
+                "checkpoint": str(checkpoint),
+            }
+        )
     elif args.backbone not in TABLE_3:
         raise sim.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
     args = dataclasses.replace(args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None})
@@ -303,9 +336,12 @@ def main(args: Args):
     if args.checkpoint is None and args.backbone.endswith("-tiny"):
         args.checkpoint = str(sft.warm_start(args.backbone))
     policy = policies.load_policy(args.backbone, args.checkpoint, device=device)
+    policy.detach_value = args.detach_value
     value_head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in value_head)]
-    optimizer = torch.optim.AdamW([dict(params=actor, lr=args.learning_rate), dict(params=value_head, lr=args.value_learning_rate)])
+    optimizer = torch.optim.AdamW(
+        [dict(params=actor, lr=args.learning_rate), dict(params=value_head, lr=args.value_learning_rate)]
+    )
     pair = bool(args.inv_coef or args.sen_coef)
 
     torch.manual_seed(args.seed)
@@ -319,14 +355,22 @@ def main(args: Args):
         import wandb
 
         wandb.init(project="pair-vla", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    recent, reference = deque(maxlen=8), None
+    recent, kls = deque(maxlen=8), deque(maxlen=5)
+    reference = None  # the first measured KLs: inv_kl, sen_kl, unrelated_kl
+    checkpoint = None
 
     with sim.make_envs(args.num_envs, args.assets, image_size=policy.image_size,
                        alter=views.task_altering if args.sen_coef else None) as envs:  # fmt: skip
         if args.num_steps % envs.max_episode_steps:
-            raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
+            raise sim.Fault(
+                f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}"
+            )
         backgrounds = views.backgrounds(envs).to(device) if args.inv_coef else None
-        for iteration in tqdm(range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations):
+        obs = {k: v.to(device) for k, v in envs.reset(range(args.num_envs)).items()}
+        check_sight(policy, obs, envs.instructions)
+        for iteration in tqdm(
+            range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations
+        ):
             t0 = time.time()
             first = args.seed * 1_000_000 + episodes
             count = args.num_envs * args.num_steps // envs.max_episode_steps
@@ -337,26 +381,46 @@ def main(args: Args):
             stats |= update(args, policy, optimizer, batch, backgrounds, value_only=warming)
             stats |= dict(unrelated_kl=unrelated_kl(policy, batch)) if pair else {}
             t2 = time.time()
-            stats |= dict(rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=len(batch["logprobs"]) / (t2 - t0))
+            stats |= dict(
+                rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=len(batch["logprobs"]) / (t2 - t0)
+            )
             recent.append(stats["success"])
+            if pair and not warming:
+                kls.append([stats[name] for name in ("inv_kl", "sen_kl", "unrelated_kl") if name in stats])
+                reference = kls[0] if reference is None else reference
             for name, value in stats.items():
                 writer.add_scalar(f"train/{name}", value, iteration)
             tqdm.write(health_line(iteration, stats, recent, warming))
             if iteration % args.save_every == 0 or iteration == args.iterations:
-                trainer = dict(optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(), iteration=iteration, episodes=episodes)
-                save_checkpoint(run_dir / f"checkpoint-{iteration:06d}", policy, args, trainer)
+                trainer = dict(
+                    optimizer=optimizer.state_dict(),
+                    torch_rng=torch.get_rng_state(),
+                    iteration=iteration,
+                    episodes=episodes,
+                )
+                checkpoint = run_dir / f"checkpoint-{iteration:06d}"
+                save_checkpoint(checkpoint, policy, args, trainer)
+            if len(kls) == kls.maxlen and (np.mean(kls, 0) < 0.2 * np.array(reference)).all():
+                raise sim.Fault("the policy is going blind: all KLs are below a fifth of their first values, also that between "
+                                "unrelated frames: L_inv's trivial minimum. Lower --inv-coef")  # fmt: skip
     writer.close()
+    if args.eval_episodes and checkpoint is not None:
+        evaluate.main(evaluate.Args(checkpoint=str(checkpoint), num_episodes=args.eval_episodes,
+                                    temperature=args.temperature_eval,
+                                    num_envs=min(16, args.eval_episodes), cuda=args.cuda))  # fmt: skip
 
 
 def health_line(iteration, stats, recent, warming) -> str:
     line = (
-        f"{iteration:4d} success {stats['success']:.3f} (last {len(recent)}: {np.mean(recent):.3f}) reward {stats['reward']:.3f} "
+        f"{iteration:4d} success {stats['success']:.3f} (last {len(recent)}: {np.mean(recent):.3f}) "
+        f"reward {stats['reward']:.3f} "
         f"ev {stats['explained_variance']:+.2f} ratio_dev {stats['ratio_dev']:.0e} clipfrac {stats['clipfrac']:.2f} "
         f"kl {stats['approx_kl']:.4f} entropy {stats['entropy']:.2f} grad {stats['grad_norm']:.2f} "
     )
     for name in ("inv_kl", "sen_kl", "sen_clipped", "unrelated_kl"):
         line += f"{name} {stats[name]:.3f} " if name in stats else ""
-    line += f"| rollout {stats['rollout_seconds']:.1f} s update {stats['update_seconds']:.1f} s, {stats['decisions_per_second']:.0f} decisions/s"
+    line += f"| rollout {stats['rollout_seconds']:.1f} s update {stats['update_seconds']:.1f} s "
+    line += f"{stats['decisions_per_second']:.0f} decisions/s"
     return line + (" (critic warm-up)" if warming else "")
 
 
@@ -366,3 +430,6 @@ if __name__ == "__main__":
     except (sim.Fault, policies.PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: every checkpoint saved so far is whole; go on with --resume RUN_DIR", file=sys.stderr)
+        sys.exit(130)

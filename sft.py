@@ -7,6 +7,7 @@ Stage 1 stands in for internet data: where is every object (segmentation of the 
 (grounding, answered with the very seven tokens that actions are written in). Its labels are free in the simulator.
 Stage 2 is behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D actions.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,7 +29,6 @@ from tqdm import tqdm
 
 import envs
 import policies
-
 
 
 @dataclass
@@ -78,7 +78,9 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
         else:
             move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
     else:
-        grasp_z = max(target[2] - 0.2 * half, envs.TABLE_Z + 0.019)  # lower, and the fingertips would press on the table
+        grasp_z = max(
+            target[2] - 0.2 * half, envs.TABLE_Z + 0.019
+        )  # lower, and the fingertips would press on the table
         hover_z = envs.TABLE_Z + 2 * half + 0.055
         offset, turn = target[:2] - tcp[:2], grasp_turn(env)
         move[:2] = offset
@@ -151,7 +153,9 @@ def collect(environments, split: str, episode_ids, noise: float, seed: int):
 def flatten(episodes: list[dict]) -> dict[str, torch.Tensor]:
     """Episodes of `collect` -> frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
     object_xyz (N, 5, 3), clone (N,) bool: a frame of a successful episode, from which actions are learnt."""
-    frames = {k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")}
+    frames = {
+        k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")
+    }
     lengths = [len(e["action"]) for e in episodes]
     frames["object_ids"] = torch.full((sum(lengths), 5), -1)
     frames["object_xyz"] = torch.zeros(sum(lengths), 5, 3)
@@ -180,7 +184,9 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
     object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
     table = policy.language_model.model.embed_tokens.weight
-    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names])  # (25, H)
+    words = torch.stack(
+        [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
+    )  # (25, H)
     logits = F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]  # (B, n, 25)
     side = int(patches.shape[1] ** 0.5)
     cells = classes.shape[1] // side
@@ -207,7 +213,9 @@ def token_loss(policy, rgb, prompt, tokens, sigma: float, jitter: float) -> torc
     The model reads its own earlier tokens; in the data they are always the oracle's. `jitter` moves the ones it reads by
     a few bins, and one in ten anywhere, so that a sampled token later finds an embedding that has been trained.
     """
-    read = (tokens + (torch.randn(tokens.shape) * jitter).round().long()).clamp(policy.action_begin, policy.action_end - 1)
+    read = (tokens + (torch.randn(tokens.shape) * jitter).round().long()).clamp(
+        policy.action_begin, policy.action_end - 1
+    )
     anywhere = torch.randint(policy.action_begin, policy.action_end, tokens.shape)
     read = torch.where(torch.rand(tokens.shape) < 0.1, anywhere, read)
     logits = policy.action_logits(policy.preprocess(rgb), *prompt, read)  # (B, 7, 256)
@@ -255,6 +263,9 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         inds = torch.randint(len(frames["rgb"]), (n,))
         return {k: v[inds] for k, v in frames.items()}
 
+    def either():
+        return pretraining if torch.rand(()) < 0.6 else demos
+
     def grounding(batch):
         asked, tokens = grounding_tokens(policy, batch, names)
         prompt = policy.tokenize([f"the {name}" for name in asked], QUESTION)
@@ -266,7 +277,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
 
     def stage_1():
         features.clear()
-        batch = sample(pretraining if torch.rand(()) < 0.6 else demos, args.batch_size)
+        batch = sample(either(), args.batch_size)
         loss = grounding(batch)
         return dict(
             grounding=loss,
@@ -277,7 +288,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     def stage_2():
         features.clear()
         return dict(cloning=cloning(sample(demos, args.batch_size), 4.0),
-                    grounding=0.7 * grounding(sample(pretraining if torch.rand(()) < 0.5 else demos, args.batch_size // 2)))  # fmt: skip
+                    grounding=0.7 * grounding(sample(either(), args.batch_size // 2)))  # fmt: skip
 
     batch = sample(pretraining, 1)
     grounding(batch)
@@ -336,7 +347,9 @@ def warm_start(backbone: str) -> Path:
 
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
-        raise envs.Fault(f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint")
+        raise envs.Fault(
+            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
+        )
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 task-preserving  o_pre: another table, no distractors; the same robot, target and plate   -> L_inv, Eq. (2)
 task-altering    o_alt: the same instant with the target elsewhere                         -> L_sen, Eq. (3)
 """
+
 from __future__ import annotations
 
 from contextlib import contextmanager

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import envs as sim
 import policies
 import ppo_pair
 

@@ -1,0 +1,113 @@
+"""The real command lines on the real simulator, at toy budgets: results are checked, not only exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import envs
+import policies
+import ppo_pair
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--num-envs 4 --num-steps 20 --batch-size 40 --update-epochs 1 --critic-warmup 0 --eval-episodes 0 --save-every 1"
+
+
+def run(*command, timeout=600):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny policy that has learnt nothing, as a checkpoint."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("start")
+    policies.load_policy("openvla-tiny").save(directory)
+    (directory / "args.json").write_text(json.dumps(dict(backbone="openvla-tiny", assets="builtin")))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(start, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "pair"
+    flags = SMALL.replace("--eval-episodes 0", "--eval-episodes 2")
+    done = run("ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(run_dir), "--iterations", "2", *flags.split())
+    assert done.returncode == 0, done.stderr
+    return run_dir, done
+
+
+def test_training_moves_the_policy_logs_and_evaluates(start, trained):
+    run_dir, done = trained
+    before, after = (policies.load_policy("openvla-tiny", d) for d in (start, run_dir / "checkpoint-000002"))
+    moved = [name for (name, p), q in zip(before.named_parameters(), after.parameters()) if not torch.equal(p, q)]
+    assert any("language_model" in name for name in moved) and any("featurizer" in name for name in moved)
+    health = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if "ratio_dev" in line]
+    assert len(health) == 2 and all(word in health[0] for word in ("inv_kl", "sen_kl", "sen_clipped", "unrelated_kl"))
+    deviation = float(health[0].split("ratio_dev ")[1].split()[0])
+    assert deviation < 1e-3  # the update computes the very log-probs of the rollout
+    assert list((run_dir / "tensorboard").iterdir())
+    records = [json.loads(x) for x in (run_dir / "checkpoint-000002/eval/episodes.jsonl").read_text().splitlines()]
+    assert sorted({r["split"] for r in records}) == sorted(envs.SPLITS) and len(records) == 2 * len(envs.SPLITS)
+    assert "OOD average" in done.stdout
+
+
+def test_resume_goes_on_where_it_stopped(trained):
+    run_dir, _ = trained
+    done = run("ppo_pair.py", "--resume", str(run_dir), "--iterations", "3", timeout=600)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(run_dir / "checkpoint-000003/trainer.pt", weights_only=True)
+    assert state["iteration"] == 3 and state["episodes"] == 12  # four fresh episodes per iteration
+
+
+def test_ppo_baseline_computes_no_views(start, tmp_path):
+    done = run("ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(tmp_path / "ppo"), "--iterations", "1",
+               "--inv-coef", "0", "--sen-coef", "0", *SMALL.split())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "inv_kl" not in done.stdout + done.stderr and "unrelated_kl" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--backbone gpt", "unknown --backbone"),
+        ("--checkpoint no/such/place", "no/such/place"),
+        ("--num-envs 0", "--num-envs"),
+        ("--run-dir /proc/nowhere", "--run-dir"),
+        ("--resume no/such/run", "--resume"),
+    ],
+)
+def test_bad_input_gets_one_sentence(flags, sentence, capsys):
+    command = [*SMALL.split(), *flags.split()] if "--num-envs" not in flags else flags.split()
+    with pytest.raises((envs.Fault, policies.PolicyError), match=sentence) as error:
+        ppo_pair.main(ppo_pair.tyro.cli(ppo_pair.Args, args=command))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_exits_with_2_and_no_traceback():
+    done = run("ppo_pair.py", "--backbone", "gpt")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_killed_worker_ends_the_run_and_the_checkpoint_still_loads(start, tmp_path):
+    flags = SMALL.split()
+    process = subprocess.Popen(
+        [sys.executable, "ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(tmp_path / "run"), "--iterations", "999", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 300
+    while not (tmp_path / "run/checkpoint-000001").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(c) for c in children if b"_worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "SIGKILL" in stderr and "Traceback" not in stderr
+    newest = ppo_pair.newest_checkpoint(tmp_path / "run")
+    policies.load_policy("openvla-tiny", newest)

@@ -1,0 +1,114 @@
+"""The warm start: labels that mean what they say, losses that train, and the cache."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import policies
+import sft
+
+NAMES = [name for name, _, _ in envs.OBJECTS]
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    env = envs.make_env("builtin")
+    return sft.collect([env], "train", [400_000, 400_001], 0.0, 0) + sft.collect([env], "busy", [0], 0.0, 0)
+
+
+@pytest.fixture(scope="module")
+def frames(episodes):
+    return sft.flatten(episodes)
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    return policies.load_policy("openvla-tiny")
+
+
+def test_the_oracle_solves_and_its_frames_are_labelled(episodes):
+    for e, extra in zip(episodes, (1, 1, 4)):
+        steps = len(e["action"])
+        assert e["rgb"].shape == (steps, 96, 96, 3) and e["object_xyz"].shape == (steps, 1 + extra, 3)
+        assert set(np.unique(e["classes"])) <= {0, 26, 27, *(1 + e["objects"])}
+        assert (np.abs(e["action"][:, :3]) <= sft.STEP + 1e-6).all() and np.isin(e["action"][:, 6], (-1, 1)).all()
+    assert all(e["success"] for e in episodes[:2])
+    first = episodes[0]  # at the end the target lies over the plate
+    assert np.linalg.norm(first["object_xyz"][-1, 0, :2] - first["where"][-1, 0, :2]) < 0.065
+
+
+def test_grounding_answers_are_the_places_asked_for(policy, frames):
+    torch.manual_seed(0)
+    asked, tokens = sft.grounding_tokens(policy, frames, NAMES)
+    centers = torch.linspace(-1, 1, 256)
+    unit = centers[(policy.action_end - tokens - 1).clamp(0, 255)]  # a larger id is a smaller value
+    for i, name in enumerate(asked):
+        ids = frames["object_ids"][i].tolist()
+        xyz = frames["object_xyz"][i, ids.index(NAMES.index(name))]
+        places = torch.cat([xyz[:2], frames["where"][i, 0, :2], frames["where"][i, 1]])
+        scale = torch.tensor([*sft.GROUND_SCALE[:2], *sft.GROUND_SCALE[:2], *sft.GROUND_SCALE]).float()
+        center = torch.tensor([*sft.GROUND_CENTER[:2], *sft.GROUND_CENTER[:2], *sft.GROUND_CENTER]).float()
+        torch.testing.assert_close(unit[i] * scale + center, places, atol=0.004, rtol=0)
+
+
+def test_token_loss_is_least_for_the_right_tokens(policy, frames):
+    batch = {k: v[:4] for k, v in frames.items()}
+    tokens = policy.action_tokens(batch["action"])
+    prompt = policy.tokenize(["put red cube on plate"] * 4)
+
+    def answer(right):  # a policy that is sure of the tokens it is given
+        fake = copy.copy(policy)
+        logits = torch.full((4, 7, 256), -20.0).scatter(-1, (right - policy.action_begin)[..., None], 20.0)
+        fake.action_logits = lambda *_: logits
+        return sft.token_loss(fake, batch["rgb"], prompt, tokens, 0.1, 0.0)
+
+    assert answer(tokens).shape == (7,) and answer(tokens).max() < 0.01
+    assert answer((tokens + 9).clamp(max=policy.action_end - 1)).max() > 10
+
+
+def test_a_few_steps_learn_the_frames_by_heart(frames, policy):
+    torch.manual_seed(0)
+    batch = {k: v[:8] for k, v in frames.items()}
+    prompt = policy.tokenize([f"put {NAMES[i]} on plate" for i in batch["object_ids"][:, 0].tolist()])
+    tokens = policy.action_tokens(batch["action"])
+    losses = []
+    args = dataclasses.replace(sft.Args(), learning_rate=2e-3)
+
+    def loss():
+        losses.append(sft.token_loss(policy, batch["rgb"], prompt, tokens, 1.0, 0.0).mean())
+        return dict(cloning=losses[-1])
+
+    sft.train(policy, 40, args, "test", loss, list(policy.parameters()))
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
+    batch = {k: v[:4] for k, v in frames.items()}
+    table = policy.language_model.model.embed_tokens.weight
+    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in NAMES])
+    classes = batch["classes"].view(4, 6, 4, 6, 4).permute(0, 1, 3, 2, 4).reshape(4, 36, 16).long()
+    right = torch.zeros(4, 36, 128)
+    for b in range(4):
+        for n in range(36):
+            for c in range(1, 26):
+                right[b, n] += words[c - 1] * ((classes[b, n] == c).sum() >= 2)
+    scale = torch.tensor([2.5, -8.0])
+    good = sft.alignment_loss(policy, right, batch["classes"], NAMES, scale)
+    bad = sft.alignment_loss(policy, right.roll(7, dims=1), batch["classes"], NAMES, scale)
+    assert good < bad
+
+
+def test_a_big_backbone_is_refused():
+    with pytest.raises(envs.Fault, match="tiny"):
+        sft.main(sft.Args(backbone="openvla"))
+
+
+def test_the_cache_key_depends_on_flags_but_not_on_the_place():
+    args = sft.Args()
+    assert sft.cache_key(args) == sft.cache_key(dataclasses.replace(args, out="elsewhere"))
+    assert sft.cache_key(args) != sft.cache_key(dataclasses.replace(args, demos=args.demos + 1))
