@@ -41,11 +41,11 @@ class Args:
     """seed of everything"""
     scenes: int = 1200
     """episodes with four distractors for pretraining"""
-    demos: int = 1500
+    demos: int = 3000
     """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
-    clone_steps: int = 1300
+    clone_steps: int = 3500
     """optimizer steps of behaviour cloning (with grounding kept up)"""
     batch_size: int = 64
     """frames per optimizer step"""
