@@ -95,10 +95,9 @@ def test_bad_input_exits_with_2_and_no_traceback():
 
 
 def test_a_killed_worker_ends_the_run_and_the_checkpoint_still_loads(start, tmp_path):
-    flags = SMALL.split()
+    flags = ["--checkpoint", str(start), "--run-dir", str(tmp_path / "run"), "--iterations", "999", *SMALL.split()]
     process = subprocess.Popen(
-        [sys.executable, "ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(tmp_path / "run"), "--iterations", "999", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "ppo_pair.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.time() + 300
     while not (tmp_path / "run/checkpoint-000001").exists():
