@@ -979,7 +979,7 @@ def check(assets: str):
     if child.returncode < 0:
         raise Fault(f"the Vulkan driver crashed ({signal.Signals(-child.returncode).name}) when it had to draw: {INSTALL}")
     if child.returncode > 0:
-        reason = child.stderr.strip().splitlines()[-1]
+        reason = (child.stderr.strip() or "it said nothing").splitlines()[-1]
         if "vk::" in reason or "device" in reason:
             raise Fault(f"no Vulkan device that can draw ({reason}): {INSTALL}")
         print(child.stderr, file=sys.stderr)
