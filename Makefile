@@ -27,7 +27,7 @@ mesa:
 	packages="mesa-vulkan-drivers libvulkan1 libegl1 libgl1 libx11-6 libglib2.0-0"
 	commands="apt-get update && apt-get install -y $$packages"
 	if [ "$$ID $$VERSION_CODENAME" = "debian bookworm" ]; then # its own Mesa is 22.3; the backports have 25.0
-		mirror=$$(grep -rhosE 'https?://[^ ]+/debian/?( |$$)' /etc/apt/sources.list /etc/apt/sources.list.d | head -n 1)
+		mirror=$$(grep -rhosE 'https?://[^ ]+/debian/?( |$$)' /etc/apt/sources.list /etc/apt/sources.list.d | head -n 1 || true)
 		line="deb $$mirror bookworm-backports main"
 		commands="apt-get update && apt-get install -y -t bookworm-backports $$packages"
 		grep -qrs "bookworm-backports" /etc/apt/sources.list /etc/apt/sources.list.d ||

@@ -168,8 +168,8 @@ def rollout(args, policy, envs, episode_ids, device):
             rewards.append(reward.to(device))
             dones.append(done.to(device))
         successes.append(info["success_once"])
-    # OPEN: nothing follows the last step (RL4VLA). Adding the critic's guess of what would have come (RLinf) paid for
-    # states from which success was merely possible: on the tiny preset returns tripled and success stood still.
+    # OPEN: nothing follows the last step (RL4VLA). Adding the critic's guess of what would have come (RLinf) pays for
+    # states from which success is merely possible: on the tiny preset the guess tripled while success hardly moved.
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
     advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
     batch = dict(
