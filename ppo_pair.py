@@ -44,7 +44,7 @@ TABLE_3 = {
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
     ),
     "openvla-tiny": dict(
-        assets="builtin", iterations=40, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
+        assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=3, target_kl=0.04,
         detach_value=True,
     ),
