@@ -37,7 +37,7 @@ import sft
 import views
 
 # What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's (lost in our text of the paper).
-# The tiny preset is ours, tuned for two CPU cores (README, "What it shows").
+# The tiny preset is ours: PPO learns with it (README, "What it shows so far"), its pair coefficients are a guess.
 TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
@@ -169,7 +169,7 @@ def rollout(args, policy, envs, episode_ids, device):
             dones.append(done.to(device))
         successes.append(info["success_once"])
     # OPEN: nothing follows the last step (RL4VLA). Adding the critic's guess of what would have come (RLinf) pays for
-    # states from which success is merely possible: on the tiny preset the guess tripled while success hardly moved.
+    # states from which success is merely possible.
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
     advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
     batch = dict(

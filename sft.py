@@ -340,7 +340,7 @@ def warm_start(backbone: str) -> Path:
     args = Args(backbone=backbone)
     cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
     if not cached.is_dir():
-        print(f"no warm start for {backbone} yet: training one, about 20 minutes on two cores", file=sys.stderr)
+        print(f"no warm start for {backbone} yet: training one, which takes a while (progress bars follow)", file=sys.stderr)
         main(dataclasses.replace(args, out=str(cached)))
     return cached
 
