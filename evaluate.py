@@ -328,7 +328,7 @@ def main(args: Args) -> None:
     check_args(args)
     args_json = Path(args.checkpoint) / "args.json"
     try:
-        trained = {"backbone": args.backbone, "assets": "builtin"}  # for an adapter that was not trained here
+        trained = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}  # for an adapter that was not trained here
         if args_json.exists():
             trained |= json.loads(args_json.read_text())
     except (OSError, ValueError, TypeError) as error:
@@ -346,12 +346,12 @@ def main(args: Args) -> None:
     except OSError as error:
         raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
 
-    from policies import PolicyError, load_policy  # here, because it takes seconds and every typo is answered above
+    from policies import DTYPES, PolicyError, load_policy  # here, because it takes seconds and every typo is answered above
 
     device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
     records = []
     try:
-        policy = load_policy(backbone, args.checkpoint, device=device)
+        policy = load_policy(backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]])
         num_envs = min(args.num_envs, args.num_episodes)
         with (
             make_envs(num_envs, assets, image_size=policy.image_size) as envs,

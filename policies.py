@@ -32,6 +32,7 @@ from tyro.conf import Positional
 
 BACKBONES = ("openvla", "openvla-tiny")
 DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # "name@revision" pins it
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone, as load_policy takes it
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # its last space is Llama's token 29871
 LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
     "proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
@@ -243,10 +244,10 @@ class OpenVLA(nn.Module):
             freq, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
             table.data[self.action_begin : self.action_end] = torch.cos(x * freq + phase) * std * 2**0.5
 
-    def add_lora(self, rank=32, alpha=None, targets=LORA_TARGETS, lora_config=None):
+    def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
         """fp32 adapters on every linear layer; only they and the value head train. alpha None: alpha = rank."""
         self.lora_config = lora_config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian",
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or LORA_TARGETS), init_lora_weights="gaussian",
             base_model_name_or_path=self.name,
         )  # fmt: skip
         inject_adapter_in_model(self.lora_config, self)
@@ -546,13 +547,15 @@ def check_tensors(found, wanted, where):
             raise PolicyError(f"{where}: {key} has the shape {found[key][1]}, not {list(wanted[key].shape)}.")
 
 
-def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=None,
-                lora_alpha=None, gradient_checkpointing=False):  # fmt: skip
+def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=0,
+                lora_alpha=None, lora_targets=None, gradient_checkpointing=False):  # fmt: skip
     """A policy ready to act.
 
-    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository; None is openvla-tiny with fresh
-    random weights, or the default 7B checkpoint. base: where an adapter's base model is, if not where it says.
-    dtype: of the backbone; default bfloat16, float32 for the tiny one. lora_rank: put fresh adapters on a full model.
+    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository OWNER/NAME[@REVISION]; None is
+    openvla-tiny with fresh random weights, or the default 7B checkpoint. base: where an adapter's base model is, if not
+    where it says. dtype: of the backbone; None is bfloat16 on a GPU, float32 on a CPU and for the tiny one.
+    lora_rank, lora_alpha (None: the rank), lora_targets (None: LORA_TARGETS): fresh adapters on a full model; an
+    adapter brings its own, and a contradiction is an error.
     """
     if backbone not in BACKBONES:
         raise PolicyError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
@@ -576,7 +579,9 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     if unnorm_key not in config["norm_stats"]:
         raise PolicyError(f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(config['norm_stats'])}.")
 
-    policy = load_weights(config, directory, dtype or (torch.float32 if tiny else torch.bfloat16), device)
+    if dtype is None:
+        dtype = torch.float32 if tiny or torch.device(device).type == "cpu" else torch.bfloat16
+    policy = load_weights(config, directory, dtype, device)
     policy.name, policy.directory = str(base or checkpoint or backbone), directory
     policy.use_norm_stats(unnorm_key)
     if "_word_vocab" in config:
@@ -584,9 +589,9 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     elif (directory / "tokenizer.json").is_file():
         policy.tokenizer = LlamaTokenizer(directory / "tokenizer.json")
     if adapter:
-        load_adapter(policy, adapter, lora_rank)
+        load_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets)
     elif lora_rank:
-        policy.add_lora(lora_rank, lora_alpha)
+        policy.add_lora(lora_rank, lora_alpha, lora_targets)
     policy.gradient_checkpointing = gradient_checkpointing
     return policy.to(device).eval()  # there is no dropout: train() would change nothing
 
@@ -648,11 +653,16 @@ def load_weights(config, directory, dtype, device):
     return policy
 
 
-def load_adapter(policy, directory, lora_rank):
-    """A PEFT directory onto its base model, unmerged; the value head from beside it."""
+def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
+    """A PEFT directory onto its base model, unmerged; the value head from beside it. Refuses what contradicts it."""
     lora_config = LoraConfig.from_pretrained(str(directory))
-    if lora_rank and lora_rank != lora_config.r:
-        raise PolicyError(f"{directory} holds an adapter of rank {lora_config.r}, not {lora_rank}.")
+    for name, asked, own in (
+        ("rank", rank, lora_config.r),
+        ("alpha", alpha, lora_config.lora_alpha),
+        ("targets", targets and sorted(targets), sorted(lora_config.target_modules)),
+    ):
+        if asked and asked != own:
+            raise PolicyError(f"{directory} holds an adapter with LoRA {name} {own}, not {asked}; pass --lora-{name} so.")
     lora_config.inference_mode, lora_config.base_model_name_or_path = False, policy.name
     policy.add_lora(lora_config=lora_config)
     own = {key: tensor for key, tensor in policy.state_dict().items() if ".lora_" in key}
@@ -687,7 +697,7 @@ def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None =
 
     In bfloat16 the merged weights are rounded, so the comparison can only be coarse; float32 makes it exact.
     """
-    options = {"dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype], "device": device}
+    options = {"dtype": DTYPES[dtype], "device": device}
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
         raise PolicyError(f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge.")

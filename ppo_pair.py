@@ -22,6 +22,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,11 +43,12 @@ TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
+        lora_rank=32, gradient_checkpointing=True, device_batch_size=40,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=3, target_kl=0.04,
-        detach_value=True,
+        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160,
     ),
 }  # fmt: skip
 
@@ -56,7 +58,19 @@ class Args:
     backbone: str = "openvla-tiny"
     """openvla-tiny or openvla"""
     checkpoint: str | None = None
-    """warm start: a checkpoint directory or a Hub id (default: the backbone's own; a tiny one is trained by sft.py)"""
+    """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub (default: the backbone's; sft.py trains a tiny one's)"""
+    unnorm_key: str | None = None
+    """whose action statistics to use, a key of the checkpoint's norm_stats (default: the one it was trained with)"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of the backbone's weights; auto: bfloat16 on a GPU, float32 on a CPU and for a tiny backbone"""
+    lora_rank: int | None = None
+    """rank of the LoRA adapters; 0 trains every weight ("LoRA", Table 3; 32 is both ancestors', the paper's is lost)"""
+    lora_alpha: int | None = None
+    """the adapters' scale is alpha / rank (default: the rank, as RLinf; RL4VLA has 16)"""
+    lora_targets: tuple[str, ...] | None = None
+    """names of the layers that get an adapter (default: all linear layers, the ancestors' list)"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass: less memory, half as much again to compute"""
     run_dir: str | None = None
     """where checkpoints and logs go (default: runs/BACKBONE_seedS_TIME)"""
     resume: str | None = None
@@ -85,7 +99,7 @@ class Args:
     """environment steps per environment and iteration, a multiple of the episode length ("Interaction steps", Table 3)"""
     batch_size: int | None = None
     """decisions per optimizer step ("Global batch size", Table 3)"""
-    device_batch_size: int = 160
+    device_batch_size: int | None = None
     """decisions per forward pass; the gradient does not depend on it (it is accumulated), memory does"""
     update_epochs: int | None = None
     """passes over each rollout (Table 3)"""
@@ -334,7 +348,11 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     if args.checkpoint is None and args.backbone.endswith("-tiny"):
         args.checkpoint = str(sft.warm_start(args.backbone))
-    policy = policies.load_policy(args.backbone, args.checkpoint, device=device)
+    policy = policies.load_policy(
+        args.backbone, args.checkpoint, device=device, dtype=policies.DTYPES[args.dtype], unnorm_key=args.unnorm_key,
+        lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_targets=args.lora_targets,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
     policy.detach_value = args.detach_value
     value_head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in value_head)]

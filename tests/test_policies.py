@@ -245,9 +245,7 @@ def copy_blocks(vit, native, names):
 def test_dino_tower_equals_transformers():
     sizes = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 14}
     vit = random_vit(image_size=56, class_token=True, reg_tokens=4, layer_scale=True, mlp_ratio=4.0, **sizes)
-    config = Dinov2WithRegistersConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
-    )
+    config = Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)
     native = Dinov2WithRegistersModel(config).eval()
     e = native.embeddings
     e.cls_token.data, e.register_tokens.data = vit.cls_token.data, vit.reg_token.data
@@ -700,8 +698,17 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     assert same_weights(loaded, policy)
     assert torch.equal(loaded.evaluate(obs, INSTRUCTIONS, latent).dist, after.dist)
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in policy.parameters()]
-    with pytest.raises(PolicyError, match="rank 4, not 8"):
-        load_policy("openvla-tiny", tmp_path, lora_rank=8)
+    for wrong, sentence in (
+        ({"lora_rank": 8}, "LoRA rank 4, not 8; pass --lora-rank so"),
+        ({"lora_rank": 4, "lora_alpha": 16}, "LoRA alpha 8, not 16"),
+        ({"lora_targets": ["q_proj"]}, r"LoRA targets \[.*\], not \['q_proj'\]"),
+    ):
+        with pytest.raises(PolicyError, match=sentence):
+            load_policy("openvla-tiny", tmp_path, **wrong)
+    same = {"lora_rank": 4, "lora_alpha": 8, "lora_targets": policies.LORA_TARGETS[::-1]}
+    assert same_weights(load_policy("openvla-tiny", tmp_path, **same), policy)
+    some = load_policy("openvla-tiny", tiny_dir, lora_rank=4, lora_targets=("q_proj", "v_proj"))
+    assert sum(".lora_A" in key for key, _ in some.named_parameters()) == 2 * 3
     with pytest.raises(PolicyError, match="LoRA needs a checkpoint"):
         load_policy("openvla-tiny", lora_rank=4)
     half = load_policy("openvla-tiny", tmp_path, dtype=torch.bfloat16)
