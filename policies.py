@@ -9,11 +9,14 @@ differs between the tiny preset and the 7B model is in config.json, which is rea
 """
 
 import json
+import math
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,11 +30,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from tyro.conf import Positional
 
-BACKBONES = ("openvla", "openvla-tiny")
-DEFAULT_CHECKPOINT = {"openvla": "gen-robot/openvla-7b-rlvla-warmup"}  # "name@revision" pins it
+BACKBONES = ("openvla", "openvla-tiny", "pi0", "pi05", "pi05-tiny")
+DEFAULT_CHECKPOINT = {  # "name@revision" pins it
+    "openvla": "gen-robot/openvla-7b-rlvla-warmup",
+    "pi0": "RLinf/RLinf-Pi0-ManiSkill-25Main-SFT",
+    "pi05": "RLinf/RLinf-Pi05-ManiSkill-25Main-SFT",
+}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone, as load_policy takes it
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # its last space is Llama's token 29871
 LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
@@ -46,13 +55,13 @@ class PolicyError(ValueError):
 
 class Decision(NamedTuple):
     actions: torch.Tensor  # (B, chunk, 7) float32, env units: metres, radians, gripper -1 (close) / +1 (open)
-    latent: torch.Tensor  # (B, 7) long: action token ids, what the log-prob is taken of
+    latent: torch.Tensor  # what the log-prob is taken of: action token ids (B, 7) long; or see Pi0.distribution
     logprob: torch.Tensor  # (B,) float32, sum over the 7 tokens, at temperature 1 whatever was sampled at
     value: torch.Tensor  # (B,) float32
 
 
 class Evaluation(NamedTuple):
-    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent
+    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent; or a Gaussian
     logprob: torch.Tensor  # (B,) SUM over the 7 tokens: the log-prob of the joint action
     entropy: torch.Tensor  # (B,) mean over the 7 tokens, nats
     value: torch.Tensor  # (B,)
@@ -180,6 +189,44 @@ class KVCache:
         return self.k[layer_idx], self.v[layer_idx]
 
 
+# ------------------------------------------------------------------------------------------------ saving
+def save_policy(policy, directory, dtype=None):
+    """Write a checkpoint that load_policy reads; dtype (say torch.float16) is that of the stored weights.
+
+    With LoRA: a standard PEFT directory (adapter_config.json, adapter_model.safetensors); else config.json and
+    model.safetensors. Both: value_head.safetensors and norm_stats.json.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {"model": {}, "adapter_model": {}, "value_head": {}}
+    for key, tensor in policy.state_dict().items():
+        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        if key.startswith("value_head."):
+            files["value_head"][key.removeprefix("value_head.")] = tensor
+        elif policy.lora_config and policy.in_adapter(key):
+            files["adapter_model"]["base_model.model." + key.replace(".default.", ".")] = tensor
+        else:
+            files["model"][key] = tensor
+    if policy.lora_config:
+        del files["model"]  # the base model stays where it is; adapter_config.json names it
+        policy.lora_config.save_pretrained(str(directory))
+    else:
+        del files["adapter_model"]
+    if policy.saves_config or not policy.lora_config:
+        save_config(policy, directory)
+    for name, tensors in files.items():
+        save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
+    if policy.config["norm_stats"]:
+        stats = {policy.unnorm_key: policy.config["norm_stats"][policy.unnorm_key]}
+        (directory / "norm_stats.json").write_text(json.dumps(stats, indent=2))
+
+
+def save_config(policy, directory):
+    (directory / "config.json").write_text(json.dumps(policy.config, indent=2))
+    if policy.tokenizer_file:
+        shutil.copy(policy.tokenizer_file, directory / "tokenizer.json")
+
+
 # ------------------------------------------------------------------------------------------------ OpenVLA
 class OpenVLA(nn.Module):
     """The token policy. Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
@@ -187,6 +234,8 @@ class OpenVLA(nn.Module):
     chunk = 1  # env steps per decision
     gradient_checkpointing = False
     detach_value = False  # True: the critic reads the trunk but does not train it
+    saves_config = False  # with an adapter
+    save = save_policy
 
     def __init__(self, config):
         super().__init__()
@@ -210,7 +259,7 @@ class OpenVLA(nn.Module):
         # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
         self.action_begin = self.action_end - config["n_action_bins"]
-        self.tokenizer, self._prompt_ids, self.lora_config = None, {}, None
+        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = None, None, {}, None
 
     def init_value_head(self):
         """N(0, 0.02), zero bias: what RL4VLA's value head effectively starts from."""
@@ -255,6 +304,18 @@ class OpenVLA(nn.Module):
             if ".lora_" in key:
                 p.data = p.data.float()  # peft follows the backbone's dtype, but small updates would vanish in bfloat16
         self.value_head.requires_grad_(True)
+
+    @staticmethod
+    def rename(key):
+        """The name here of a checkpoint's tensor: the official one."""
+        return key
+
+    def keeps_float32(self, key):
+        return key.startswith("value_head.")
+
+    def in_adapter(self, key):
+        """What training changes where there are adapters."""
+        return ".lora_" in key
 
     def is_dead(self, key):
         """Official tensors that OpenVLA never uses: each tower's last block and final norm, SigLIP's attention pool."""
@@ -357,6 +418,14 @@ class OpenVLA(nn.Module):
         """Teacher-forced logits (B, 7, 256) float32 of the action tokens, in the order of their ids."""
         return self(pixel_values, input_ids, attention_mask, action_tokens)[0]
 
+    def probe(self):
+        """Logits of 8 fixed inputs: two policies that agree on them are the same."""
+        draw = partial(torch.randint, generator=torch.Generator().manual_seed(0))
+        rgb = draw(256, (8, self.image_size, self.image_size, 3), dtype=torch.uint8)
+        tokens = draw(self.action_begin, self.action_end, (8, 7)).to(self.device)
+        prompt = torch.tensor([[1, 3, 5]] * 8, device=self.device)  # any ids do
+        return self.action_logits(self.preprocess(rgb), prompt, torch.ones_like(prompt), tokens)
+
     @torch.no_grad()
     def decode(self, pixel_values, input_ids, attention_mask, temperature=0.0):
         """-> tokens (B, 7), logprob (B,), value (B,). Prefill once, then one position per token; 0 is argmax."""
@@ -437,38 +506,528 @@ class OpenVLA(nn.Module):
         length = x.shape[1]
         return self._value(self._llama(x, mask[:, :, :length, :length], positions[:, :length])[:, -1])
 
-    def save(self, directory, dtype=None):
-        """Write a checkpoint that load_policy reads; dtype (say torch.float16) is that of the stored weights.
 
-        With LoRA: a standard PEFT directory (adapter_config.json, adapter_model.safetensors); else config.json and
-        model.safetensors. Both: value_head.safetensors and norm_stats.json.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        files = {"model": {}, "adapter_model": {}, "value_head": {}}
-        for key, tensor in self.state_dict().items():
-            tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
-            if key.startswith("value_head."):
-                files["value_head"][key.removeprefix("value_head.")] = tensor
-            elif ".lora_" in key:
-                files["adapter_model"]["base_model.model." + key.replace(".default.", ".")] = tensor
-            else:
-                files["model"][key] = tensor
-        if self.lora_config:
-            del files["model"]  # the base model stays where it is; adapter_config.json names it
-            self.lora_config.save_pretrained(str(directory))
+# ------------------------------------------------------------------------------------------------ pi0 and pi0.5
+PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
+    "image_size": 224, "patch": 14, "vis_width": 1152, "vis_depth": 27, "vis_heads": 16, "vis_mlp": 4304,
+    "vocab": 257152, "depth": 18, "heads": 8, "kv_heads": 1, "head_dim": 256, "rope_theta": 10000.0,
+    "vlm_width": 2048, "vlm_mlp": 16384, "exp_width": 1024, "exp_mlp": 4096,
+    "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6, "time_min_period": 4e-3, "time_max_period": 4.0,
+    "action_dim": 32, "action_env_dim": 7, "gripper_threshold": 0.5, "discrete_state_input": False,
+    "action_horizon": 8, "action_chunk": 5, "num_denoise_steps": 4, "noise_level": 0.5, "sde_steps": "one",
+    "prompt": None, "stem": None,  # ours: another prompt format, and strided convs before the patch embedding
+}  # fmt: skip
+PI_KIND = {  # what pi0 and pi0.5 do not share
+    "pi0": {"max_token_len": 48, "value_head_hidden": [512, 256, 128]},
+    "pi05": {"max_token_len": 200, "value_head_hidden": [1024, 512, 256]},
+}
+FLOW_SETTINGS = {  # flags of ppo_pair.py, and what config.json calls them
+    "horizon": "action_horizon", "replan": "action_chunk", "denoise_steps": "num_denoise_steps",
+    "noise_level": "noise_level", "sde_steps": "sde_steps",
+}  # fmt: skip
+PI_LORA_TARGETS = [  # RLinf's: every linear layer of SigLIP and of Gemma, not the projector between them
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
+]  # fmt: skip
+
+
+PI05_TINY = {
+    "image_size": 96, "patch": 16, "stem": [24, 48, 96], "vis_width": 128, "vis_depth": 2, "vis_heads": 4, "vis_mlp": 256,
+    "vocab": 128, "depth": 3, "heads": 4, "kv_heads": 1, "head_dim": 32, "vlm_width": 128, "vlm_mlp": 256, "exp_width": 128,
+    "exp_mlp": 256, "action_dim": 7, "gripper_threshold": 0.0, "value_head_hidden": [256, 128],
+    "prompt": OPENVLA_TINY["_prompt"], "_word_vocab": OPENVLA_TINY["_word_vocab"],
+    "norm_stats": {"builtin": {"actions": {  # the env's step bounds: metres, radians, gripper
+        "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0], "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
+    }}},
+}  # fmt: skip
+
+
+class Gaussian(NamedTuple):
+    """The transitions of one decision: m of them (1, or all N denoise steps), on what the environment executes."""
+
+    mean: torch.Tensor  # (B, m, chunk, 7) float32, normalised action units
+    std: torch.Tensor  # (B, m, 1, 1)
+
+
+class Recorder(dict):
+    """Stands where GemmaAttention expects a cache: keeps each layer's rotated keys and values."""
+
+    def update(self, k, v, layer_idx):
+        self[layer_idx] = k, v
+        return k, v
+
+
+class Prefix(NamedTuple):
+    """What the VLM made of an observation, once for all denoise steps."""
+
+    hidden: torch.Tensor  # (B, P, W) after the final norm; rows of padding mean nothing
+    mask: torch.Tensor  # (B, P) bool: False is padding
+    kv: Recorder  # per layer: keys and values (B, kv_heads, P, head_dim)
+
+    def update(self, k, v, layer_idx):
+        """The action expert's cache: its own keys behind the VLM's. Nothing is stored, so it serves any number of steps."""
+        return tuple(torch.cat([old.to(new.dtype), new], 2) for old, new in zip(self.kv[layer_idx], (k, v)))
+
+
+class AdaRMSNorm(nn.Module):
+    """RMS norm with scale, shift and gate from a condition: (B, n, D), (B, D) -> (B, n, D), gate (B, 1, D). Float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.dense = eps, nn.Linear(dim, 3 * dim)
+        nn.init.zeros_(self.dense.weight), nn.init.zeros_(self.dense.bias)
+
+    def forward(self, x, cond):
+        scale, shift, gate = self.dense(cond)[:, None].chunk(3, -1)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift, gate
+
+
+class AdaDecoderLayer(GemmaDecoderLayer):
+    """A layer of pi0.5's expert: Gemma's, but its norms are conditioned and its residual branches gated."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.input_layernorm = AdaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AdaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cond, **kwargs):
+        y, gate = self.input_layernorm(x, cond)
+        x = x + gate * self.self_attn(y, **kwargs)[0]
+        y, gate = self.post_attention_layernorm(x, cond)
+        return x + gate * self.mlp(y)
+
+
+def patch_embedding(patch, width, stem):
+    """(B, 3, S, S) -> (B, width, S / patch, S / patch). `stem` (output channels): strided convs do part of the way."""
+    if not stem:
+        return nn.Conv2d(3, width, patch, patch)
+    assert 2 ** (len(stem) + 1) == patch, "a stem of n convs and the last one have stride 2**(n+1) together"
+    convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
+    return nn.Sequential(*convs, nn.Conv2d(stem[-1], width, 3, 2, 1))
+
+
+class Pi0(nn.Module):
+    """The flow policy: pi0 and pi0.5 (openpi), sampled and trained by Flow-SDE (RLinf).
+
+    t = 1 is noise, t = 0 the action. SigLIP and Gemma read images and prompt once (`prefix`); a small expert of the same
+    depth reads their keys and values and gives the velocity v(x, t) of a chunk of H actions (`velocity`).
+    openpi's parameter names, with RLinf's value_head; the VLM's embedding is called lm_head, as there.
+    The VLM runs in the backbone's dtype; the expert (under 2 % of the arithmetic) and all that follows in float32.
+    """
+
+    gradient_checkpointing = False
+    detach_value = False  # True: the critic reads the trunk but does not train it
+    saves_config = True  # with an adapter, too: horizon, replan and the rest are part of the policy
+    save = save_policy
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.name, self.directory = config, config["model_type"], None
+        c = SimpleNamespace(**config)
+        self.pi05 = c.model_type == "pi05"
+        self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
+        self.num_steps, self.noise_level = c.num_denoise_steps, c.noise_level
+        vision = SiglipVisionConfig(
+            hidden_size=c.vis_width, intermediate_size=c.vis_mlp, num_attention_heads=c.vis_heads,
+            layer_norm_eps=c.layer_norm_eps, attn_implementation="sdpa",
+        )  # fmt: skip
+
+        def gemma(width, mlp):
+            return GemmaConfig(
+                hidden_size=width, intermediate_size=mlp, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+                head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, attn_implementation="sdpa",
+            )  # fmt: skip
+
+        def decoder(layer, norm, config):
+            return nn.ModuleDict({
+                "layers": nn.ModuleList(layer(config, i) for i in range(c.depth)),
+                "norm": norm(config.hidden_size, eps=c.rms_norm_eps),
+            })  # fmt: skip
+
+        tower = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "patch_embedding": patch_embedding(c.patch, c.vis_width, c.stem),
+                "position_embedding": nn.Embedding((c.image_size // c.patch) ** 2, c.vis_width),
+            }),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(SiglipEncoderLayer(vision) for _ in range(c.vis_depth))}),
+            "post_layernorm": nn.LayerNorm(c.vis_width, eps=c.layer_norm_eps),
+        })  # fmt: skip
+        parts = {
+            "vision_tower": nn.ModuleDict({"vision_model": tower}),
+            "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(c.vis_width, c.vlm_width)}),
+            "language_model": decoder(GemmaDecoderLayer, GemmaRMSNorm, gemma(c.vlm_width, c.vlm_mlp)),
+        }
+        kinds = (AdaDecoderLayer, AdaRMSNorm) if self.pi05 else (GemmaDecoderLayer, GemmaRMSNorm)
+        self.paligemma_with_expert = nn.ModuleDict({
+            "paligemma": nn.ModuleDict({"model": nn.ModuleDict(parts), "lm_head": nn.Embedding(c.vocab, c.vlm_width)}),
+            "gemma_expert": nn.ModuleDict({"model": decoder(*kinds, gemma(c.exp_width, c.exp_mlp))}),
+        })  # fmt: skip
+        self.action_in_proj = nn.Linear(c.action_dim, c.exp_width)
+        self.action_out_proj = nn.Linear(c.exp_width, c.action_dim)
+        if self.pi05:
+            self.time_mlp_in = nn.Linear(c.exp_width, c.exp_width)
+            self.time_mlp_out = nn.Linear(c.exp_width, c.exp_width)
         else:
-            del files["adapter_model"]
-            self._save_config(directory)
-        for name, tensors in files.items():
-            save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
-        stats = {self.unnorm_key: self.config["norm_stats"][self.unnorm_key]}
-        (directory / "norm_stats.json").write_text(json.dumps(stats, indent=2))
+            self.state_proj = nn.Linear(c.action_dim, c.exp_width)
+            self.action_time_mlp_in = nn.Linear(2 * c.exp_width, c.exp_width)
+            self.action_time_mlp_out = nn.Linear(c.exp_width, c.exp_width)
+        sizes = [c.vlm_width if self.pi05 else c.exp_width, *c.value_head_hidden, 1]
+        layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
+        self.value_head = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
+        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = None, None, {}, None
 
-    def _save_config(self, directory):
-        (directory / "config.json").write_text(json.dumps(self.config, indent=2))
-        if self.directory and (self.directory / "tokenizer.json").is_file():
-            shutil.copy(self.directory / "tokenizer.json", directory)
+    @staticmethod
+    def rename(key):
+        """The name here of a checkpoint's tensor: lerobot puts "model." in front; the tied embedding has two names."""
+        return key.removeprefix("model.").replace(".model.language_model.embed_tokens.", ".lm_head.")
+
+    def is_dead(self, key):
+        """Tensors that are in the files but in no computation: the expert's lm_head, and Flow-Noise's head."""
+        return key.startswith(("paligemma_with_expert.gemma_expert.lm_head.", "noise_head."))
+
+    def keeps_float32(self, key):
+        """All but the VLM's matrices (RLinf keeps Gemma's norms and the projections in float32, too)."""
+        return ".paligemma." not in key or "layernorm" in key or "language_model.norm" in key
+
+    def in_adapter(self, key):
+        """What training changes where there are adapters: those, and the whole action expert."""
+        return ".lora_" in key or not (".paligemma." in key or key.startswith("value_head."))
+
+    def init_value_head(self):
+        """As RLinf: Kaiming-normal (fan out), the last layer N(0, 0.02), zero biases."""
+        *hidden, last = [m for m in self.value_head["mlp"] if isinstance(m, nn.Linear)]
+        for layer in hidden:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(last.weight, std=0.02)
+        for layer in [*hidden, last]:
+            nn.init.zeros_(layer.bias)
+
+    def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
+        """fp32 adapters on every linear layer of the VLM; they, the action expert and the value head train."""
+        self.lora_config = lora_config or LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or PI_LORA_TARGETS),
+            exclude_modules=r".*\bgemma_expert\..*", init_lora_weights="gaussian", base_model_name_or_path=self.name,
+        )  # fmt: skip
+        self.lora_config.modules_to_save = None  # PEFT would train copies of them
+        inject_adapter_in_model(self.lora_config, self)
+        parts = {key.removeprefix("paligemma_with_expert.").split(".")[0] for key in self.state_dict() if self.in_adapter(key)}
+        self.lora_config.modules_to_save = sorted(parts - {"paligemma"})
+        for key, p in self.named_parameters():
+            p.requires_grad_(self.in_adapter(key) or key.startswith("value_head."))
+            if ".lora_" in key:
+                p.data = p.data.float()
+
+    # -------------------------------------------------------------------- the model
+    @property
+    def device(self):
+        return self.action_in_proj.weight.device
+
+    @property
+    def dtype(self):
+        return self.paligemma_with_expert["paligemma"]["lm_head"].weight.dtype
+
+    def _rotary(self, positions, like):
+        """positions (B, n) -> cos, sin (B, n, head_dim) in the dtype of `like`, computed in float32."""
+        d = self.config["head_dim"]
+        freq = self.config["rope_theta"] ** (-torch.arange(0, d, 2, device=positions.device) / d)
+        angle = (positions[..., None] * freq).repeat(1, 1, 2)
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    def _see(self, images):
+        """(n, 3, S, S) in [-1, 1] -> (n, patches, W): SigLIP and the projector."""
+        model = self.paligemma_with_expert["paligemma"]["model"]
+        tower = model["vision_tower"]["vision_model"]
+        position = tower["embeddings"]["position_embedding"].weight
+        x = tower["embeddings"]["patch_embedding"](images.to(position.dtype)).flatten(2).transpose(1, 2) + position
+        for layer in tower["encoder"]["layers"]:
+            x = run(layer, x, self.gradient_checkpointing, attention_mask=None)
+        return model["multi_modal_projector"]["linear"](tower["post_layernorm"](x))
+
+    def prefix(self, images, image_masks, tokens, token_mask):
+        """What the actions are conditioned on. images (B, C, 3, S, S) in [-1, 1] of C cameras, image_masks (B, C) bool,
+        tokens (B, L) ids, token_mask (B, L) bool -> Prefix of [camera 0 | camera 1 ... | prompt].
+
+        Cameras that are not there and padding beyond the longest prompt are not computed at all: nothing attends to
+        them (openpi computes all three cameras and all 200 tokens, 3.3 times the arithmetic).
+        """
+        images, there = images[:, image_masks.any(0)], image_masks[:, image_masks.any(0)]
+        tokens, token_mask = tokens[:, token_mask.any(0)], token_mask[:, token_mask.any(0)]
+        paligemma = self.paligemma_with_expert["paligemma"]
+        seen = self._see(images[there])  # (n, T, W)
+        vision = seen.new_zeros(*there.shape, *seen.shape[1:])  # (B, C, T, W)
+        vision[there] = seen
+        x = torch.cat([vision.flatten(1, 2), paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5], 1)
+        mask = torch.cat([there.repeat_interleave(seen.shape[1], 1), token_mask], 1)  # (B, P)
+        rotary = self._rotary(mask.cumsum(1) - 1, x)  # padding does not count
+        kv, visible = Recorder(), mask[:, None, None]  # everything sees everything
+        for layer in paligemma["model"]["language_model"]["layers"]:
+            kwargs = {"attention_mask": visible, "position_embeddings": rotary, "past_key_values": kv}
+            x = run(layer, x, self.gradient_checkpointing, **kwargs)
+        return Prefix(paligemma["model"]["language_model"]["norm"](x), mask, kv)
+
+    def _time_embedding(self, t):
+        """(B,) -> (B, W) sines and cosines. In float64: the fastest has a frequency of 1571, and float32 is 3e-4 off in v."""
+        low, high = self.config["time_min_period"], self.config["time_max_period"]
+        fraction = torch.linspace(0, 1, self.config["exp_width"] // 2, dtype=torch.float64, device=t.device)
+        angle = 2 * math.pi * t.double()[:, None] / (low * (high / low) ** fraction)
+        return torch.cat([angle.sin(), angle.cos()], 1).float()
+
+    def _expert(self, prefix, state, x, t):
+        """The expert's last hidden states (B, H, W) of the H actions x (B, H, D) at time t: a number, or (B,)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        time, h = self._time_embedding(t), self.action_in_proj(x)  # (B, W), (B, H, W)
+        if self.pi05:
+            condition = {"cond": F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))}
+        else:
+            h = self.action_time_mlp_in(torch.cat([h, time[:, None].expand_as(h)], -1))
+            h = torch.cat([self.state_proj(state)[:, None], self.action_time_mlp_out(F.silu(h))], 1)
+            condition = {}
+        own = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
+        if not self.pi05:
+            own[0, 1:] = False  # the state sees the prefix and itself; the actions see all
+        visible = prefix.mask[:, None].expand(-1, len(own), -1)
+        visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None]  # (B, 1, n, P + n)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(own), device=h.device)
+        kwargs = {"attention_mask": visible, "position_embeddings": self._rotary(positions, h), "past_key_values": prefix}
+        expert = self.paligemma_with_expert["gemma_expert"]["model"]
+        for layer in expert["layers"]:
+            h = layer(h, **condition, **kwargs)
+        h = expert["norm"](h, *condition.values())
+        return (h[0] if self.pi05 else h)[:, -self.horizon :]  # no gate after the last norm
+
+    def velocity(self, prefix, state, x, t):
+        """v(x, t) (B, H, D) float32. state (B, D) normalised, read by pi0 only; x (B, H, D); t a number or (B,)."""
+        return self.action_out_proj(self._expert(prefix, state, x, t))
+
+    def probe(self):
+        """Velocities at 8 fixed inputs: two policies that agree on them are the same."""
+        generator, size, (h, d) = torch.Generator().manual_seed(0), self.image_size, (self.horizon, self.config["action_dim"])
+        images, state, x = (torch.randn(8, *shape, generator=generator) for shape in ((1, 3, size, size), (d,), (h, d)))
+        tokens = torch.tensor([[2, 3, 5]] * 8, device=self.device)  # any ids do
+        images, state, x = images.clamp(-1, 1).to(self.device), state.to(self.device), x.to(self.device)
+        there = torch.ones(8, 1, dtype=torch.bool, device=self.device)
+        return self.velocity(self.prefix(images, there, tokens, tokens > 0), state, x, torch.linspace(0.1, 1, 8))
+
+    def _value(self, features):
+        """(B, W) float32 -> (B,)."""
+        return self.value_head["mlp"](features.detach() if self.detach_value else features).squeeze(-1)
+
+    def prefix_value(self, prefix):
+        """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
+        weight = prefix.mask[..., None].float()
+        return self._value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
+
+    def flow_loss(self, prefix, state, actions, noise, t):
+        """Flow matching's squared error (B, H, D), padded dimensions included (openpi): v(x_t, t) should be noise - actions.
+
+        actions, noise (B, H, D) normalised, t (B,): x_t = t noise + (1 - t) actions.
+        """
+        x = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
+        return (self.velocity(prefix, state, x, t) - (noise - actions)) ** 2
+
+    # -------------------------------------------------------------------- Flow-SDE
+    def transition(self, x, v, k, num_steps):
+        """Mean and std, both of the shape of x (B, H, D), of x_{k+1} given x_k = x and the velocity there.
+
+        k: the denoise step, 0 ... num_steps - 1, a number or (B,). Time falls from t_0 = 1 to t_N = 0. The drift that is
+        added to the ODE's balances the noise, so that the marginals stay (pi_RL, Flow-SDE; RLinf's schedule):
+            mean = x - v/N - sigma^2/(2 t N) (x + (1 - t) v),  std = sigma / sqrt(N),  sigma^2 = a^2 t / (1 - t),
+        with 1 - t_1 for 1 - t in sigma at k = 0, where it would be infinite.
+        """
+        k = torch.as_tensor(k, device=x.device).expand(len(x))[:, None, None]
+        t = 1 - k / num_steps
+        sigma2 = self.noise_level**2 * t * num_steps / k.clamp(min=1)
+        mean = x - v / num_steps - sigma2 / (2 * t * num_steps) * (x + (1 - t) * v)
+        return mean, (sigma2 / num_steps).sqrt().expand_as(x)
+
+    def ode(self, prefix, state, noise, num_steps):
+        """x_1 = noise (B, H, D) -> actions (B, H, D), normalised: Euler steps of the flow, no noise on the way."""
+        x, t = noise, torch.tensor(1.0)
+        for _ in range(num_steps):
+            x = x - self.velocity(prefix, state, x, t) / num_steps
+            t = t - 1 / num_steps  # in float32, as openpi counts: the time embedding notices 1e-7
+        return x
+
+    def sde(self, prefix, state, noise, stochastic):
+        """The chain x_0 ... x_N (B, N + 1, H, D). stochastic (B, N) bool: which steps are drawn; the others are ODE."""
+        chain = [noise]
+        for k in range(self.num_steps):
+            v = self.velocity(prefix, state, chain[-1], 1 - k / self.num_steps)
+            mean, std = self.transition(chain[-1], v, k, self.num_steps)
+            drawn = mean + std * torch.randn_like(mean)
+            chain.append(torch.where(stochastic[:, k, None, None], drawn, chain[-1] - v / self.num_steps))
+        return torch.stack(chain, 1)
+
+    def distribution(self, prefix, state, latent):
+        """The one place where rollout, update and both views get the distribution from -> Gaussian, value (B,).
+
+        latent (B, m + 2, H, D): x_k ... x_{k+m}, and a plane that holds k.
+        """
+        k, chunk, dims = latent[:, -1, 0, 0].long(), self.chunk, self.config["action_env_dim"]
+        means, stds, values = [], [], []
+        for i in range(latent.shape[1] - 2):
+            hidden = self._expert(prefix, state, latent[:, i], 1 - (k + i) / self.num_steps)
+            mean, std = self.transition(latent[:, i], self.action_out_proj(hidden), k + i, self.num_steps)
+            means.append(mean[:, :chunk, :dims])
+            stds.append(std[:, :1, :1])
+            values.append(None if self.pi05 else self._value(hidden.mean(1)))
+        value = self.prefix_value(prefix) if self.pi05 else torch.stack(values).mean(0)
+        return Gaussian(torch.stack(means, 1), torch.stack(stds, 1)), value
+
+    # -------------------------------------------------------------------- inputs and actions
+    def preprocess(self, images_uint8):
+        """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1]: the aspect ratio is kept, black fills the rest (openpi)."""
+        if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
+            raise PolicyError(
+                f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
+            )
+        x, size = images_uint8.to(self.device).permute(0, 3, 1, 2).float(), self.image_size
+        if x.shape[-2:] != (size, size):
+            scale = max(x.shape[-2:]) / size
+            height, width = (int(n / scale) for n in x.shape[-2:])
+            x = F.interpolate(x, (height, width), mode="bilinear", antialias=True).clamp(0, 255).round()
+            top, left = (size - height) // 2, (size - width) // 2
+            x = F.pad(x, (left, size - width - left, top, size - height - top))
+        return x / 127.5 - 1
+
+    def prompt_pieces(self, instruction, state=None):
+        """What the tokenizer is given, piece by piece; BOS goes before the first. state (S,) normalised: see `tokenize`."""
+        if self.config["prompt"]:
+            return [self.config["prompt"].format(instruction=instruction)]
+        text = instruction.strip().replace("_", " ").replace("\n", " ")
+        if state is None:
+            return [text, "\n"]
+        edges = torch.linspace(-1, 1, 257, dtype=torch.float64)[:-1]
+        bins = torch.bucketize(state.double().cpu(), edges, right=True) - 1  # 0 ... 255, and -1 below the range
+        return [f"Task: {text}, State: {' '.join(map(str, bins.tolist()))};\nAction: "]
+
+    def tokenize(self, instructions, prompt=None, state=None):
+        """List of B str -> tokens (B, L), token_mask (B, L) bool, padded on the right.
+
+        state (B, S) normalised: pi0.5 with discrete_state_input reads it in its prompt, in 256 bins. prompt: another
+        format than the checkpoint's, with {instruction} in it.
+        """
+        if self.tokenizer is None:
+            raise PolicyError(
+                f"{self.name} has no tokenizer.json, so it cannot read instructions: put PaliGemma's there (from "
+                "google/paligemma-3b-pt-224, whose licence has to be accepted first), or name it with --tokenizer FILE."
+            )
+        rows = []
+        for i, instruction in enumerate(instructions):
+            pieces = [prompt.format(instruction=instruction)] if prompt else None
+            pieces = pieces or self.prompt_pieces(instruction, None if state is None else state[i])
+            key = tuple(pieces)
+            if key not in self._prompt_ids:
+                ids = self.tokenizer(pieces[0]) + [i for piece in pieces[1:] for i in self.tokenizer(piece)[1:]]
+                if len(ids) > self.config["max_token_len"]:
+                    raise PolicyError(f"the prompt {pieces} has {len(ids)} tokens, more than {self.config['max_token_len']}.")
+                self._prompt_ids[key] = ids
+            rows.append(self._prompt_ids[key])
+        length = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
+        return tokens, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=self.device)
+
+    def use_norm_stats(self, key):
+        """Choose the data set whose statistics scale states and actions: by mean and std for pi0, quantiles for pi0.5."""
+        self.unnorm_key, self._affine = key, {}
+        reads_state = self.config["discrete_state_input"] or not self.pi05
+        for name in ("actions", "state") if reads_state else ("actions",):
+            stats = self.config["norm_stats"][key][name]
+            low, high = ("q01", "q99") if self.pi05 else ("mean", "std")
+            if not stats.get(low) or not stats.get(high):
+                raise PolicyError(f"norm_stats.json of {self.name} has no {low} and {high} of {name}, which it scales by.")
+            low, high = (torch.tensor(stats[n], dtype=torch.float64) for n in (low, high))
+            if name == "actions":
+                low, high = (t[: self.config["action_env_dim"]] for t in (low, high))
+            spread = high - low if self.pi05 else high
+            if (spread <= 0).any():
+                raise PolicyError(
+                    f"norm_stats.json of {self.name}: dimension {int((spread <= 0).nonzero()[0])} of {name} has no spread "
+                    f"({'q99 - q01' if self.pi05 else 'std'} is 0), so it cannot be scaled; widen it there."
+                )
+            scale = (spread + 1e-6) / 2 if self.pi05 else spread + 1e-6
+            self._affine[name] = (low + scale if self.pi05 else low, scale)
+
+    def _stats(self, name, dims):
+        """Centre and scale (dims,) float64 of `name`."""
+        if not self._affine:
+            raise PolicyError(f"{self.name} has no norm_stats.json, so it cannot scale actions; put its data set's there.")
+        center, scale = self._affine[name]
+        if len(center) < dims:
+            raise PolicyError(f"norm_stats.json of {self.name} knows {len(center)} dimensions of {name}, not {dims}.")
+        return center[:dims], scale[:dims]
+
+    def normalize(self, name, x):
+        """("state" or "actions", (..., n) in its units) -> (..., D) float64: scaled, then zeros up to the model's width."""
+        center, scale = self._stats(name, x.shape[-1])
+        return F.pad((x.double().cpu() - center) / scale, (0, self.config["action_dim"] - x.shape[-1]))
+
+    def unnormalize(self, x):
+        """Actions of the model (..., D) -> (..., 7) float64 in the units of the data."""
+        center, scale = self._stats("actions", self.config["action_env_dim"])
+        return x[..., : len(center)].double().cpu() * scale + center
+
+    def env_action(self, x):
+        """Actions of the model (B, H, D) -> the chunk to execute (B, chunk, 7) float32: metres, radians, gripper -1/+1."""
+        actions = self.unnormalize(x[:, : self.chunk])
+        actions[..., 6] = torch.where(actions[..., 6] > self.config["gripper_threshold"], 1.0, -1.0)
+        return actions.float().to(x.device)
+
+    # -------------------------------------------------------------------- the interface of ppo_pair.py
+    def _observe(self, obs, instructions):
+        """-> Prefix, state (B, D) or None."""
+        state = self.normalize("state", obs["state"]).float().to(self.device) if "state" in self._affine else None
+        in_prompt = state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
+        images = self.preprocess(obs["rgb"])[:, None]  # one camera
+        there = torch.ones(len(images), 1, dtype=torch.bool, device=self.device)
+        return self.prefix(images, there, *self.tokenize(instructions, state=in_prompt)), state
+
+    @torch.no_grad()
+    def act(self, obs, instructions, temperature=None):
+        """rgb (B, H, W, 3) uint8, state (B, S), B instructions -> Decision of a chunk of actions.
+
+        To train (no temperature): Flow-SDE; one random step k of each sample is stochastic, or all of them. To evaluate:
+        the ODE from Gaussian noise, from none at temperature 0; it has no log-prob.
+        """
+        prefix, state = self._observe(obs, instructions)
+        b, n = len(prefix.mask), self.num_steps
+        noise = torch.randn(b, self.horizon, self.config["action_dim"], device=self.device)
+        if temperature is not None:
+            x = self.ode(prefix, state, noise * (temperature > 0), n)
+            return Decision(self.env_action(x), None, None, None)
+        m = n if self.config["sde_steps"] == "all" else 1
+        k = torch.randint(n - m + 1, (b, 1), device=self.device)
+        visited = k + torch.arange(m + 1, device=self.device)  # (B, m + 1) places in the chain
+        stochastic = torch.zeros(b, n + 1, dtype=torch.bool, device=self.device).scatter(1, visited[:, :-1], True)[:, :n]
+        chain = self.sde(prefix, state, noise, stochastic)
+        plane = k[..., None, None].expand_as(chain[:, :1]).float()
+        latent = torch.cat([chain[torch.arange(b, device=self.device)[:, None], visited], plane], 1)
+        dist, value = self.distribution(prefix, state, latent)
+        return Decision(self.env_action(chain[:, -1]), latent, self.logprob(dist, latent), value)
+
+    def logprob(self, dist, latent):
+        """Log density (B,) float32 of the transitions in `latent`, SUMMED over them, executed steps and 7 dimensions."""
+        after = latent[:, 1:-1, : self.chunk, : self.config["action_env_dim"]]
+        z = (after - dist.mean) / dist.std
+        return (-0.5 * z**2 - dist.std.log() - 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+
+    def evaluate(self, obs, instructions, latent):
+        """The same observation, or another view of it, and latent -> Evaluation, with gradient."""
+        dist, value = self.distribution(*self._observe(obs, instructions), latent)
+        entropy = (dist.std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean((1, 2, 3))  # a constant of the schedule
+        return Evaluation(dist, self.logprob(dist, latent), entropy, value)
+
+    def kl(self, p, q):
+        """KL(p || q) of two Evaluation.dist at the same latent, MEAN over transitions, executed steps, dimensions -> (B,).
+
+        Both have the same std, so it is (mean - mean')^2 / (2 std^2) per element.
+        """
+        return (((p.mean - q.mean) / p.std) ** 2 / 2).mean((1, 2, 3))
+
+    def groups(self, latent):
+        """Which samples (B,) bool to log apart: by denoise step. A KL weighs a change of velocity 15 times more at the last."""
+        if self.config["sde_steps"] == "all":
+            return {}
+        return {f"k{k}": latent[:, -1, 0, 0] == k for k in range(self.num_steps)}
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -499,6 +1058,18 @@ class LlamaTokenizer:
         return ids
 
 
+class PaliGemmaTokenizer:
+    """tokenizer.json, read as data; BOS (2) goes before the text."""
+
+    def __init__(self, file):
+        self.tokenizer = Tokenizer.from_file(str(file))
+        if self("\n") != [2, 108]:
+            raise PolicyError(f"{file} is not PaliGemma's tokenizer: a line feed becomes {self(chr(10))}, not BOS 2 and 108.")
+
+    def __call__(self, text):
+        return [2, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+
 def find_checkpoint(name, hub):
     """A local directory, or (hub=True) a repository "owner/name" or "owner/name@revision" -> Path."""
     if Path(name).is_dir():
@@ -523,7 +1094,7 @@ def read_json(file):
 
 
 def open_tensors(directory, stem):
-    """The tensors of STEM.safetensors, or of the shards in its index: {key: (open file, shape)}. Reads headers only."""
+    """The tensors of STEM.safetensors, or of the shards in its index: {key: (function that reads it, shape)}."""
     index = directory / f"{stem}.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
     found = {}
@@ -532,7 +1103,8 @@ def open_tensors(directory, stem):
             file = safe_open(directory / name, "pt")  # checks the file's length against its header
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"{directory / name} is missing, truncated or no safetensors file ({error}).") from None
-        found |= {key: (file, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118
+            found[key] = partial(file.get_tensor, key), list(file.get_slice(key).get_shape())
     return found
 
 
@@ -548,18 +1120,23 @@ def check_tensors(found, wanted, where):
 
 
 def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=0,
-                lora_alpha=None, lora_targets=None, gradient_checkpointing=False):  # fmt: skip
+                lora_alpha=None, lora_targets=None, gradient_checkpointing=False, tokenizer=None, **settings):  # fmt: skip
     """A policy ready to act.
 
-    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository OWNER/NAME[@REVISION]; None is
-    openvla-tiny with fresh random weights, or the default 7B checkpoint. base: where an adapter's base model is, if not
-    where it says. dtype: of the backbone; None is bfloat16 on a GPU, float32 on a CPU and for the tiny one.
-    lora_rank, lora_alpha (None: the rank), lora_targets (None: LORA_TARGETS): fresh adapters on a full model; an
-    adapter brings its own, and a contradiction is an error.
+    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository OWNER/NAME[@REVISION]; None is a tiny
+    backbone with fresh random weights, or the big one's default checkpoint. base: where an adapter's base model is, if
+    not where it says. dtype: of the backbone; None is bfloat16 on a GPU, float32 on a CPU and for a tiny one.
+    lora_rank, lora_alpha (None: the rank), lora_targets (None: every linear layer): fresh adapters on a full model; an
+    adapter brings its own, and a contradiction is an error. tokenizer: a tokenizer.json, if not the checkpoint's.
+    settings: those of FLOW_SETTINGS; None leaves the checkpoint's.
     """
     if backbone not in BACKBONES:
         raise PolicyError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
-    tiny = backbone == "openvla-tiny"
+    tiny, model = backbone.endswith("-tiny"), OpenVLA if backbone.startswith("openvla") else Pi0
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings:
+        if name not in FLOW_SETTINGS or model is OpenVLA:
+            raise PolicyError(f"--{name.replace('_', '-')} is no setting of the backbone {backbone}; leave it out.")
     if checkpoint is None and backbone in DEFAULT_CHECKPOINT:
         checkpoint = DEFAULT_CHECKPOINT[backbone]
     directory = None if checkpoint is None else find_checkpoint(checkpoint, hub=not tiny)
@@ -573,21 +1150,27 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     if directory is None and lora_rank:
         raise PolicyError("LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter.")
 
-    config = read_config(backbone, directory)
+    config = read_config(backbone, directory) if model is OpenVLA else read_pi_config(backbone, adapter, directory, settings)
     config["norm_stats"], default_key = read_norm_stats(config, directory, adapter)
     unnorm_key = unnorm_key or default_key
-    if unnorm_key not in config["norm_stats"]:
+    if unnorm_key not in config["norm_stats"] and (model is OpenVLA or config["norm_stats"]):
         raise PolicyError(f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(config['norm_stats'])}.")
 
     if dtype is None:
         dtype = torch.float32 if tiny or torch.device(device).type == "cpu" else torch.bfloat16
-    policy = load_weights(config, directory, dtype, device)
+    policy = load_weights(model, config, directory, dtype, device)
     policy.name, policy.directory = str(base or checkpoint or backbone), directory
-    policy.use_norm_stats(unnorm_key)
+    if unnorm_key in config["norm_stats"]:  # without any, pi0 can be loaded, but not act
+        policy.use_norm_stats(unnorm_key)
+    files = [Path(tokenizer)] if tokenizer else [d / "tokenizer.json" for d in (adapter, directory) if d]
+    files = [file for file in files if file.is_file()]
+    if tokenizer and not files:
+        raise PolicyError(f"--tokenizer {tokenizer}: there is no such file; give a tokenizer.json.")
     if "_word_vocab" in config:
         policy.tokenizer = WordTokenizer(config["_word_vocab"])
-    elif (directory / "tokenizer.json").is_file():
-        policy.tokenizer = LlamaTokenizer(directory / "tokenizer.json")
+    elif files:
+        policy.tokenizer = (LlamaTokenizer if model is OpenVLA else PaliGemmaTokenizer)(files[0])
+        policy.tokenizer_file = files[0]
     if adapter:
         load_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets)
     elif lora_rank:
@@ -618,22 +1201,54 @@ def read_norm_stats(config, directory, adapter):
             more = read_json(folder / f"{name}.json")
             stats = stats | more
             key = next(iter(more)) if name == "norm_stats" else key  # ours: it holds just the one it was trained with
+    if directory and not stats:  # openpi's: in a folder named after the data set
+        for file in sorted(directory.glob("*/**/norm_stats.json")):
+            stats[str(file.parent.relative_to(directory))] = read_json(file)["norm_stats"]
     return stats, key or (next(iter(stats)) if len(stats) == 1 else None)
 
 
-def load_weights(config, directory, dtype, device):
+def read_pi_config(backbone, adapter, directory, settings):
+    """Sizes and settings: the official ones, what a config.json says otherwise, then `settings`. pi0 or pi0.5: by tensors."""
+    if directory is None:
+        file, kind = json.loads(json.dumps(PI05_TINY)), "pi05"
+    else:
+        file = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        if adapter and (adapter / "config.json").is_file():
+            file |= read_json(adapter / "config.json")
+        keys = {Pi0.rename(key) for key in open_tensors(directory, "model")}
+        kind = {(True, False): "pi0", (False, True): "pi05"}.get(
+            ("action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys), "neither pi0 nor pi05"
+        )
+    found = kind + "-tiny" if "_word_vocab" in file else kind
+    if found != backbone:
+        raise PolicyError(f"{directory} is a checkpoint of {found}, not of the backbone {backbone}.")
+    known = PI | PI_KIND[kind]
+    config = known | {key: value for key, value in file.items() if key in known or key in ("norm_stats", "_word_vocab")}
+    config |= {"model_type": kind} | {FLOW_SETTINGS[name]: value for name, value in settings.items()}
+    for wrong, sentence in (
+        (not 1 <= config["action_chunk"] <= config["action_horizon"], "--replan must be 1 to --horizon"),
+        (config["num_denoise_steps"] < 1, "--denoise-steps must be at least 1"),
+        (config["noise_level"] <= 0, "--noise-level must be positive"),
+        (config["sde_steps"] not in ("one", "all"), "--sde-steps must be one or all"),
+    ):
+        if wrong:
+            raise PolicyError(f"{sentence}.")
+    return config
+
+
+def load_weights(model, config, directory, dtype, device):
     """Check every name and shape on the meta device, then read each tensor straight to where it will live."""
     if directory is None:
-        policy = OpenVLA(config)
+        policy = model(config)
         policy.init_from_scratch()
-        for p in policy.parameters():
-            p.data = p.data.to(dtype)
-        policy.value_head.float()
+        for key, p in policy.named_parameters():
+            p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
         policy.init_value_head()
         return policy
     with torch.device("meta"):
-        policy = OpenVLA(config)
-    found = {key: entry for key, entry in open_tensors(directory, "model").items() if not policy.is_dead(key)}
+        policy = model(config)
+    found = {policy.rename(key): entry for key, entry in open_tensors(directory, "model").items()}
+    found = {key: entry for key, entry in found.items() if not policy.is_dead(key)}
     if (directory / "value_head.safetensors").is_file():
         found |= {f"value_head.{key}": entry for key, entry in open_tensors(directory, "value_head").items()}
     wanted = policy.state_dict()
@@ -643,13 +1258,13 @@ def load_weights(config, directory, dtype, device):
         policy.init_value_head()
     check_tensors(found, wanted, directory)
     state = {}
-    for key, (file, _) in found.items():
-        is_value = key.startswith("value_head.")  # stays float32, as do the buffers: bfloat16 rotary frequencies are
-        tensor = file.get_tensor(key.removeprefix("value_head.") if is_value else key)  # off by up to 0.35 rad
-        state[key] = tensor.to(device, torch.float32 if is_value else dtype, copy=True)  # no view of the file remains
+    for key, (read, _) in found.items():
+        to = torch.float32 if policy.keeps_float32(key) else dtype
+        state[key] = read().to(device, to, copy=True)  # no view of the file remains
     policy.load_state_dict(state, strict=False, assign=True)
-    llama = policy.language_model.model
-    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)  # computed, not stored
+    if model is OpenVLA:  # computed, not stored; stays float32: bfloat16 frequencies are off by up to 0.35 rad
+        llama = policy.language_model.model
+        llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
     return policy
 
 
@@ -665,20 +1280,20 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
             raise PolicyError(f"{directory} holds an adapter with LoRA {name} {own}, not {asked}; pass --lora-{name} so.")
     lora_config.inference_mode, lora_config.base_model_name_or_path = False, policy.name
     policy.add_lora(lora_config=lora_config)
-    own = {key: tensor for key, tensor in policy.state_dict().items() if ".lora_" in key}
+    own = {key: tensor for key, tensor in policy.state_dict().items() if policy.in_adapter(key)}
     found = {}
     for key, entry in open_tensors(directory, "adapter_model").items():
         key = key.removeprefix("base_model.model.")
         # PEFT 0.11 also wrote the frozen lm_head itself; adapters of dead modules have nothing to adapt here
         if not key.endswith(".base_layer.weight") and not policy.is_dead(key):
-            found[key.removesuffix("weight") + "default.weight"] = entry
+            found[key.removesuffix("weight") + "default.weight" if ".lora_" in key else key] = entry
     check_tensors(found, own, directory)
-    for key, (file, _) in found.items():
-        own[key].copy_(file.get_tensor("base_model.model." + key.replace(".default.", ".")))
+    for key, (read, _) in found.items():
+        own[key].copy_(read())
     if (directory / "value_head.safetensors").is_file():
         tensors = open_tensors(directory, "value_head")
         check_tensors(tensors, policy.value_head.state_dict(), directory / "value_head.safetensors")
-        policy.value_head.load_state_dict({key: file.get_tensor(key) for key, (file, _) in tensors.items()})
+        policy.value_head.load_state_dict({key: read() for key, (read, _) in tensors.items()})
     elif (directory / "training_state.pt").is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
         try:
             state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)["vh"]
@@ -701,29 +1316,26 @@ def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None =
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
         raise PolicyError(f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge.")
-    rgb = torch.randint(256, (8, policy.image_size, policy.image_size, 3), dtype=torch.uint8)
-    prompt = torch.tensor([[1, 3, 5]] * len(rgb), device=device)  # any ids do
-    tokens = torch.randint(policy.action_begin, policy.action_end, (len(rgb), 7), device=device)
-    inputs = policy.preprocess(rgb), prompt, torch.ones_like(prompt), tokens
-    before = policy.action_logits(*inputs)
+    before = policy.probe()
     for module in policy.modules():
         if isinstance(module, LoraLayer):
             module.merge()
     state = {key.replace(".base_layer.", "."): t for key, t in policy.state_dict().items() if ".lora_" not in key}
     value_head = {key.removeprefix("value_head."): state.pop(key) for key in list(state) if "value_head." in key}
-    for key, (file, _) in open_tensors(policy.directory, "model").items():
-        if policy.is_dead(key):  # the official class wants them, whatever they hold
-            state[key] = file.get_tensor(key).to(options["dtype"])
+    for key, (read, _) in open_tensors(policy.directory, "model").items():
+        if policy.is_dead(policy.rename(key)):  # the official class wants them, whatever they hold
+            state[policy.rename(key)] = read().to(options["dtype"])
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
     save_file(value_head, out / "value_head.safetensors", {"format": "pt"})
-    policy._save_config(out)
-    options["unnorm_key"] = policy.unnorm_key
+    save_config(policy, out)
+    if policy.config["norm_stats"]:
+        options["unnorm_key"] = policy.unnorm_key
     del policy, state, module  # two 7B models need not fit at once
-    after = load_policy(backbone, out, **options).action_logits(*inputs)
+    after = load_policy(backbone, out, **options).probe()
     error = (after - before).abs()
     size = f"{error.max():.2g} at most, {error.mean():.2g} on average"
-    print(f"{out}: logits differ by {size}; their std is {before.std():.2g}")
+    print(f"{out}: {backbone}'s outputs differ by {size}; their std is {before.std():.2g}")
     if error.mean() > (1e-4 if dtype == "float32" else 0.3) * before.std():
         raise PolicyError(f"{out} does not compute what {checkpoint} does; do not use it.")
 
