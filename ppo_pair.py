@@ -208,6 +208,9 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
     """PPO and the pair losses on one rollout, Eq. (1)-(4) -> dict of means over all samples it saw."""
     n = len(batch["logprobs"])
     device = batch["logprobs"].device
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in optimizer.param_groups[0]["params"]:  # the policy's; the other group is the value head's
+        p.requires_grad_(not value_only)
     seen, ratio_dev, grad_norms, stop = [], None, [], False
     for _ in range(args.update_epochs * (4 if value_only else 1)):  # a critic alone can be fitted without fear
         b_inds = torch.randperm(n)
@@ -215,9 +218,9 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
             mb_inds = b_inds[start : start + args.batch_size]
             first = len(seen)
             for inds in mb_inds.split(args.device_batch_size):
+                instructions = [batch["instructions"][i] for i in inds.tolist()]
                 inds = inds.to(device)
                 obs = {k: v[inds] for k, v in batch["obs"].items()}
-                instructions = [batch["instructions"][i] for i in inds.tolist()]
                 latent, oldlogprob = batch["latents"][inds], batch["logprobs"][inds]
                 new = policy.evaluate(obs, instructions, latent)
                 pg_loss, ratio = ppo_loss(new.logprob, oldlogprob, batch["advantages"][inds], args.clip_coef)
@@ -247,16 +250,9 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                     stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
                 (loss.sum() / len(mb_inds)).backward()
                 seen.append({k: v.detach().float() for k, v in stats.items()})
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                [p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm
-            )
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                raise sim.Fault(
-                    "the gradient is not finite: training stopped before the step, the last checkpoint is good"
-                )
-            if value_only:  # the first group is the policy's
-                for p in optimizer.param_groups[0]["params"]:
-                    p.grad = None
+                raise sim.Fault("the gradient is not finite: training stopped before the step, the last checkpoint is good")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             grad_norms.append(grad_norm)
@@ -274,13 +270,12 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
 def unrelated_kl(policy, batch, n=64):
     """KL between the distributions of unrelated frames under one instruction and one set of tokens: falls to 0 for a
     policy that goes blind, which L_inv alone would reward."""
-    inds = torch.linspace(0, len(batch["logprobs"]) - 1, 2 * n).long().to(batch["logprobs"].device)
-    here, there = inds[:n], inds[n:]
-    instructions, latent = [batch["instructions"][i] for i in here.tolist()], batch["latents"][here]
-    dists = [
-        policy.evaluate({k: v[i] for k, v in batch["obs"].items()}, instructions, latent).dist for i in (here, there)
-    ]
-    return policy.kl(*dists).mean().item()
+    inds = torch.linspace(0, len(batch["logprobs"]) - 1, 2 * n).long()
+    instructions = [batch["instructions"][i] for i in inds[:n].tolist()] * 2
+    inds = inds.to(batch["logprobs"].device)
+    latent = batch["latents"][inds[:n]].repeat(2, 1)
+    dist = policy.evaluate({k: v[inds] for k, v in batch["obs"].items()}, instructions, latent).dist
+    return policy.kl(dist[:n], dist[n:]).mean().item()
 
 
 @torch.no_grad()
@@ -379,15 +374,11 @@ def main(args: Args):
     with sim.make_envs(args.num_envs, args.assets, image_size=policy.image_size,
                        alter=views.task_altering if args.sen_coef else None) as envs:  # fmt: skip
         if args.num_steps % envs.max_episode_steps:
-            raise sim.Fault(
-                f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}"
-            )
+            raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
         backgrounds = views.backgrounds(envs).to(device) if args.inv_coef else None
         obs = {k: v.to(device) for k, v in envs.reset(range(args.num_envs)).items()}
         check_sight(policy, obs, envs.instructions)
-        for iteration in tqdm(
-            range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations
-        ):
+        for iteration in tqdm(range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations):
             t0 = time.time()
             first = args.seed * 1_000_000 + episodes
             count = args.num_envs * args.num_steps // envs.max_episode_steps

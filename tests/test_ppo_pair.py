@@ -80,7 +80,9 @@ class Toy:
         rgb[~self.right, :, :8] = 220
         if self.blind:
             rgb[:] = 128
-        return dict(rgb=rgb, mask=torch.zeros(rgb.shape[:3], dtype=torch.bool))
+        mask = torch.zeros(rgb.shape[:3], dtype=torch.bool)
+        mask[:, 4:12] = True  # what the task-preserving view keeps
+        return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2))
 
     def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
         self.elapsed, self.correct = 0, torch.zeros(self.num_envs)
@@ -115,6 +117,59 @@ def toy_args(**changes):
     for name, value in changes.items():
         setattr(args, name, value)
     return args
+
+
+def toy_rollout(args, policy, num_envs=16):
+    torch.manual_seed(1)
+    return ppo_pair.rollout(args, policy, Toy(num_envs), iter(range(10**6)), torch.device("cpu"))[0]
+
+
+def gray(count):
+    return torch.full((count, 16, 16, 3), 90, dtype=torch.uint8)
+
+
+def sgd(policy, lr=1.0):
+    """Parameters then differ by as much as gradients do, where Adam would blow up rounding."""
+    head = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if all(p is not q for q in head)]
+    return torch.optim.SGD([dict(params=actor), dict(params=head)], lr=lr)
+
+
+def distance(a, b):
+    """Of two lists of tensors: |a - b| / |b|."""
+    a, b = (torch.cat([x.detach().flatten() for x in part]) for part in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("device_batch_size", [1, 3, 8])
+def test_the_gradient_does_not_depend_on_the_device_batch(device_batch_size):
+    """Of the whole of Eq. (4), over several steps; against one forward pass per minibatch. Also: the ratio starts at 1."""
+    args = toy_args(inv_coef=0.5, sen_coef=0.2, batch_size=24, device_batch_size=24, update_epochs=1)
+    policy = toy_policy_with_seed()
+    batch, start = toy_rollout(args, policy), [p.clone() for p in policy.parameters()]
+    moved = []
+    for size in (24, device_batch_size):
+        other, args.device_batch_size = copy.deepcopy(policy), size
+        torch.manual_seed(2)
+        stats = ppo_pair.update(args, other, sgd(other, 1e-3), batch, gray(1))
+        moved.append([p - q for p, q in zip(other.parameters(), start)])
+        assert stats["ratio_dev"] < 1e-5 and stats["inv_kl"] > 0 and stats["sen_kl"] > 0
+    assert distance(moved[1], moved[0]) < 1e-4  # of a difference of float32 weights; of the weights themselves 1e-8
+
+
+def test_the_critic_warm_up_moves_the_value_head_alone():
+    args, policy = toy_args(batch_size=32), toy_policy_with_seed()
+    batch, before = toy_rollout(args, policy), copy.deepcopy(policy.state_dict())
+    ppo_pair.update(args, policy, sgd(policy, 0.1), batch, value_only=True)
+    moved = {name.split(".")[0] for name, p in policy.state_dict().items() if not torch.equal(p, before[name])}
+    assert moved == {"value_head"}
+    ppo_pair.update(args, policy, sgd(policy, 0.1), batch)
+    assert not torch.equal(policy.state_dict()["projector.fc1.weight"], before["projector.fc1.weight"])
+
+
+def toy_policy_with_seed():
+    torch.manual_seed(0)
+    return toy_policy()
 
 
 def learn_toy(iterations, blind=False, args=None, spoil=None):
