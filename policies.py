@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import constants, save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -227,6 +228,29 @@ def save_config(policy, directory):
         shutil.copy(policy.tokenizer_file, directory / "tokenizer.json")
 
 
+# ------------------------------------------------------------------------------------------------ LoRA
+class AdapterLinear(nn.Linear):
+    """Half of a LoRA adapter: float32 weights, or small updates would vanish; arithmetic in the dtype of its input, since
+    peft's own, which raises the input to float32, costs as much again as the frozen layers."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def inject_lora(policy, lora_config):
+    """Float32 adapters beside the layers that lora_config targets; everything else is frozen."""
+    lora_config.base_model_name_or_path, lora_config.revision = policy.name, policy.commit
+    inject_adapter_in_model(lora_config, policy)
+    for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
+        for half in (layer.lora_A, layer.lora_B):  # peft has given them the backbone's dtype
+            half["default"].float()
+            if isinstance(half["default"], nn.Linear):  # not a patch embedding's convolution
+                layer.cast_input_dtype_enabled = False
+                weight = half["default"].weight
+                half["default"] = AdapterLinear(*weight.shape[::-1], bias=False, device="meta")
+                half["default"].weight = weight
+
+
 # ------------------------------------------------------------------------------------------------ OpenVLA
 class OpenVLA(nn.Module):
     """The token policy. Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
@@ -239,7 +263,7 @@ class OpenVLA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.name, self.directory = config, "openvla", None
+        self.config, self.name, self.commit, self.directory = config, "openvla", None, None  # where it comes from
         text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})  # 1e-6: the port's, not Meta's 1e-5
         self.image_size = config["image_sizes"][0]
         towers = [TIMM[name] for name in config["timm_model_ids"]]
@@ -296,19 +320,15 @@ class OpenVLA(nn.Module):
     def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
         """fp32 adapters on every linear layer; only they and the value head train. alpha None: alpha = rank."""
         self.lora_config = lora_config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or LORA_TARGETS), init_lora_weights="gaussian",
-            base_model_name_or_path=self.name,
-        )  # fmt: skip
-        inject_adapter_in_model(self.lora_config, self)
-        for key, p in self.named_parameters():
-            if ".lora_" in key:
-                p.data = p.data.float()  # peft follows the backbone's dtype, but small updates would vanish in bfloat16
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or LORA_TARGETS), init_lora_weights="gaussian"
+        )
+        inject_lora(self, self.lora_config)
         self.value_head.requires_grad_(True)
 
     @staticmethod
     def rename(key):
-        """The name here of a checkpoint's tensor: the official one."""
-        return key
+        """The name here of a checkpoint's tensor: the official one; of RLinf's value head, the same MLP, RL4VLA's."""
+        return re.sub(r"^value_head\.mlp\.([024])\.", lambda found: f"value_head.head_l{int(found[1]) // 2 + 1}.", key)
 
     def keeps_float32(self, key):
         return key.startswith("value_head.")
@@ -497,15 +517,6 @@ class OpenVLA(nn.Module):
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean(1).clamp(min=0)  # clamp: rounding may leave -1e-8
 
-    @torch.no_grad()
-    def value(self, obs, instructions):
-        """Value (B,) of an observation: the prefill of `decode` alone, for bootstrapping."""
-        input_ids, attention_mask = self.tokenize(instructions)
-        x = self._prefix(self.preprocess(obs["rgb"]), input_ids)
-        mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
-        length = x.shape[1]
-        return self._value(self._llama(x, mask[:, :, :length, :length], positions[:, :length])[:, -1])
-
 
 # ------------------------------------------------------------------------------------------------ pi0 and pi0.5
 PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
@@ -621,7 +632,7 @@ class Pi0(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.name, self.directory = config, config["model_type"], None
+        self.config, self.name, self.commit, self.directory = config, config["model_type"], None, None
         c = SimpleNamespace(**config)
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
@@ -705,16 +716,14 @@ class Pi0(nn.Module):
         """fp32 adapters on every linear layer of the VLM; they, the action expert and the value head train."""
         self.lora_config = lora_config or LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(targets or PI_LORA_TARGETS),
-            exclude_modules=r".*\bgemma_expert\..*", init_lora_weights="gaussian", base_model_name_or_path=self.name,
+            exclude_modules=r".*\bgemma_expert\..*", init_lora_weights="gaussian",
         )  # fmt: skip
         self.lora_config.modules_to_save = None  # PEFT would train copies of them
-        inject_adapter_in_model(self.lora_config, self)
+        inject_lora(self, self.lora_config)
         parts = {key.removeprefix("paligemma_with_expert.").split(".")[0] for key in self.state_dict() if self.in_adapter(key)}
         self.lora_config.modules_to_save = sorted(parts - {"paligemma"})
         for key, p in self.named_parameters():
             p.requires_grad_(self.in_adapter(key) or key.startswith("value_head."))
-            if ".lora_" in key:
-                p.data = p.data.float()
 
     # -------------------------------------------------------------------- the model
     @property
@@ -1070,20 +1079,32 @@ class PaliGemmaTokenizer:
         return [2, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
 
-def find_checkpoint(name, hub):
-    """A local directory, or (hub=True) a repository "owner/name" or "owner/name@revision" -> Path."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(name)):
-        raise PolicyError(f"there is no checkpoint directory {name}.")
-    repo, _, revision = str(name).partition("@")
-    patterns = ["*.json", "*.safetensors", "training_state.pt"]
+def download(repo, revision, patterns):
+    """Those files of a Hub repository, from the cache or the network -> their directory, named after the commit."""
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of these
-        reason = str(error).split("\n")[0].rstrip(". ")
-        hint = f"{reason}; check name and network."
-        raise PolicyError(f"{name} is neither a directory here nor a Hub repository in reach: {hint}") from None
+        offline = constants.HF_HUB_OFFLINE  # without the hint, a commit of an older cache is looked up on the network
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+    except RepositoryNotFoundError:
+        reason = "the Hub has no such repository, or it is private (`hf auth login`)"
+    except LocalEntryNotFoundError:
+        reason = "it is not in the cache, and the Hub is out of reach (no network, or HF_HUB_OFFLINE=1)"
+    except Exception as error:  # a full disk, a wrong revision, ...: of the Hub's client, httpx, or the operating system
+        reason = " ".join(str(error).split())[:200]
+    raise PolicyError(f"{repo} is neither a directory here nor to be had from the Hub: {reason}.")
+
+
+def find_checkpoint(name, hub):
+    """A directory, or (hub=True) OWNER/NAME[@REVISION] on the Hub -> directory, its lasting name, commit (None: local).
+
+    Of a Hub repository all but a full model's weights are there afterwards, so that mistakes show before gigabytes.
+    """
+    if Path(name).is_dir():
+        return Path(name), str(Path(name).resolve()), None
+    repo, _, revision = str(name).partition("@")
+    if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
+        raise PolicyError(f"there is no checkpoint directory {name}.")
+    directory = download(repo, revision or None, ["*.json", "adapter_model*", "value_head*", "training_state.pt"])
+    return directory, repo, directory.name
 
 
 def read_json(file):
@@ -1094,7 +1115,7 @@ def read_json(file):
 
 
 def open_tensors(directory, stem):
-    """The tensors of STEM.safetensors, or of the shards in its index: {key: (function that reads it, shape)}."""
+    """The tensors of STEM.safetensors, or of the shards in its index: {key: slice}. Reads headers; slice[:] reads data."""
     index = directory / f"{stem}.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
     found = {}
@@ -1103,20 +1124,19 @@ def open_tensors(directory, stem):
             file = safe_open(directory / name, "pt")  # checks the file's length against its header
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"{directory / name} is missing, truncated or no safetensors file ({error}).") from None
-        for key in file.keys():  # noqa: SIM118
-            found[key] = partial(file.get_tensor, key), list(file.get_slice(key).get_shape())
+        found |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     return found
 
 
 def check_tensors(found, wanted, where):
-    """Strict: what the files hold and what the model has must agree in name and shape. Names the first offender."""
+    """Strict: shapes in the files {key: [...]} and tensors of the model {key: tensor} must agree. Names the first offender."""
     for key in sorted(found.keys() | wanted.keys()):
         if key not in found:
             raise PolicyError(f"{where} lacks the tensor {key}; is it a checkpoint of another model?")
         if key not in wanted:
             raise PolicyError(f"{where} has the tensor {key}, which this model has not; is it of another model?")
-        if found[key][1] != list(wanted[key].shape):
-            raise PolicyError(f"{where}: {key} has the shape {found[key][1]}, not {list(wanted[key].shape)}.")
+        if list(found[key]) != list(wanted[key].shape):
+            raise PolicyError(f"{where}: {key} has the shape {list(found[key])}, not {list(wanted[key].shape)}.")
 
 
 def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=0,
@@ -1139,17 +1159,19 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
             raise PolicyError(f"--{name.replace('_', '-')} is no setting of the backbone {backbone}; leave it out.")
     if checkpoint is None and backbone in DEFAULT_CHECKPOINT:
         checkpoint = DEFAULT_CHECKPOINT[backbone]
-    directory = None if checkpoint is None else find_checkpoint(checkpoint, hub=not tiny)
+    directory, name, commit = find_checkpoint(checkpoint, hub=not tiny) if checkpoint else (None, backbone, None)
     adapter = None
     if directory and (directory / "adapter_config.json").is_file():
-        adapter = directory
-        base = base or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-        if not base:
+        adapter, peft_config = directory, read_json(directory / "adapter_config.json")
+        if not base and not peft_config.get("base_model_name_or_path"):
             raise PolicyError(f"{adapter} is an adapter that does not name its base model; pass base=DIRECTORY.")
-        directory = find_checkpoint(base, hub=not tiny)
+        base = base or "@".join(filter(None, [peft_config["base_model_name_or_path"], peft_config.get("revision")]))
+        directory, name, commit = find_checkpoint(base, hub=not tiny)
     if directory is None and lora_rank:
         raise PolicyError("LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter.")
 
+    if commit and model is Pi0:  # only the names of its tensors say what it is
+        download(name, commit, ["model*.safetensors"])
     config = read_config(backbone, directory) if model is OpenVLA else read_pi_config(backbone, adapter, directory, settings)
     config["norm_stats"], default_key = read_norm_stats(config, directory, adapter)
     unnorm_key = unnorm_key or default_key
@@ -1158,8 +1180,10 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
 
     if dtype is None:
         dtype = torch.float32 if tiny or torch.device(device).type == "cpu" else torch.bfloat16
+    if commit:
+        download(name, commit, ["model*.safetensors"])
     policy = load_weights(model, config, directory, dtype, device)
-    policy.name, policy.directory = str(base or checkpoint or backbone), directory
+    policy.name, policy.commit, policy.directory = name, commit, directory
     if unnorm_key in config["norm_stats"]:  # without any, pi0 can be loaded, but not act
         policy.use_norm_stats(unnorm_key)
     files = [Path(tokenizer)] if tokenizer else [d / "tokenizer.json" for d in (adapter, directory) if d]
@@ -1183,7 +1207,7 @@ def read_config(backbone, directory):
     """config.json of a checkpoint, or the tiny preset. Refuses another backbone's."""
     config = read_json(directory / "config.json") if directory else json.loads(json.dumps(OPENVLA_TINY))
     kind = config.get("model_type", config.get("type"))
-    kind = "openvla-tiny" if kind == "openvla" and "_word_vocab" in config else kind
+    kind = "openvla-tiny" if kind == "openvla" and "_word_vocab" in config else kind or "a model that it does not name"
     if kind != backbone:
         raise PolicyError(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}.")
     missing = {"text_config", "image_sizes", "timm_model_ids", "n_action_bins", "pad_to_multiple_of"} - config.keys()
@@ -1256,11 +1280,11 @@ def load_weights(model, config, directory, dtype, device):
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith("value_head.")}
         policy.value_head.to_empty(device=device)
         policy.init_value_head()
-    check_tensors(found, wanted, directory)
+    check_tensors({key: entry.get_shape() for key, entry in found.items()}, wanted, directory)
     state = {}
-    for key, (read, _) in found.items():
+    for key, entry in found.items():
         to = torch.float32 if policy.keeps_float32(key) else dtype
-        state[key] = read().to(device, to, copy=True)  # no view of the file remains
+        state[key] = entry[:].to(device, to, copy=True)  # no view of the file remains
     policy.load_state_dict(state, strict=False, assign=True)
     if model is OpenVLA:  # computed, not stored; stays float32: bfloat16 frequencies are off by up to 0.35 rad
         llama = policy.language_model.model
@@ -1278,7 +1302,7 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
     ):
         if asked and asked != own:
             raise PolicyError(f"{directory} holds an adapter with LoRA {name} {own}, not {asked}; pass --lora-{name} so.")
-    lora_config.inference_mode, lora_config.base_model_name_or_path = False, policy.name
+    lora_config.inference_mode = False
     policy.add_lora(lora_config=lora_config)
     own = {key: tensor for key, tensor in policy.state_dict().items() if policy.in_adapter(key)}
     found = {}
@@ -1287,21 +1311,22 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
         # PEFT 0.11 also wrote the frozen lm_head itself; adapters of dead modules have nothing to adapt here
         if not key.endswith(".base_layer.weight") and not policy.is_dead(key):
             found[key.removesuffix("weight") + "default.weight" if ".lora_" in key else key] = entry
-    check_tensors(found, own, directory)
-    for key, (read, _) in found.items():
-        own[key].copy_(read())
+    check_tensors({key: entry.get_shape() for key, entry in found.items()}, own, directory)
+    for key, entry in found.items():
+        own[key].copy_(entry[:])
     if (directory / "value_head.safetensors").is_file():
-        tensors = open_tensors(directory, "value_head")
-        check_tensors(tensors, policy.value_head.state_dict(), directory / "value_head.safetensors")
-        policy.value_head.load_state_dict({key: read() for key, (read, _) in tensors.items()})
+        file = directory / "value_head.safetensors"
+        state = {key: entry[:] for key, entry in open_tensors(directory, "value_head").items()}
     elif (directory / "training_state.pt").is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
+        file = directory / "training_state.pt"
         try:
-            state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True, mmap=True)["vh"]
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["vh"]
         except (RuntimeError, UnpicklingError, KeyError) as error:
-            raise PolicyError(f"{directory / 'training_state.pt'} is damaged or not RL4VLA's ({error!r}).") from None
-        found = {key: (None, list(tensor.shape)) for key, tensor in state.items()}
-        check_tensors(found, policy.value_head.state_dict(), directory / "training_state.pt")
-        policy.value_head.load_state_dict(state)
+            raise PolicyError(f"{file} is damaged or not RL4VLA's ({error!r}).") from None
+    else:
+        return  # the base model's value head, or a fresh one
+    check_tensors({key: tensor.shape for key, tensor in state.items()}, policy.value_head.state_dict(), file)
+    policy.value_head.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1322,9 +1347,9 @@ def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None =
             module.merge()
     state = {key.replace(".base_layer.", "."): t for key, t in policy.state_dict().items() if ".lora_" not in key}
     value_head = {key.removeprefix("value_head."): state.pop(key) for key in list(state) if "value_head." in key}
-    for key, (read, _) in open_tensors(policy.directory, "model").items():
+    for key, entry in open_tensors(policy.directory, "model").items():
         if policy.is_dead(policy.rename(key)):  # the official class wants them, whatever they hold
-            state[policy.rename(key)] = read().to(options["dtype"])
+            state[policy.rename(key)] = entry[:].to(options["dtype"])
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
     save_file(value_head, out / "value_head.safetensors", {"format": "pt"})

@@ -4,13 +4,18 @@ Fixtures: ../shared/golden (made by running the official OpenVLA code); tests th
 """
 
 import copy
+import fnmatch
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import huggingface_hub.constants as hub
 import pytest
 import torch
 from safetensors import safe_open
@@ -157,7 +162,7 @@ def test_golden_act_and_evaluate(official):
     evaluation = policy.evaluate(obs, tasks, x["given_action_tokens"])
     torch.testing.assert_close(evaluation.logprob, y["given_logprob_sum"][:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(evaluation.entropy, y["given_entropy_mean"][:, 0], atol=5e-5, rtol=0)
-    torch.testing.assert_close(policy.value(obs, tasks), y["given_value"][:, 0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(evaluation.value, y["given_value"][:, 0], atol=5e-5, rtol=0)
 
 
 @golden
@@ -317,7 +322,6 @@ def test_decode_equals_teacher_forcing(tiny, obs, temperature):
     evaluation = tiny.evaluate(obs, INSTRUCTIONS, decision.latent)
     torch.testing.assert_close(decision.logprob, evaluation.logprob, atol=1e-4, rtol=0)
     torch.testing.assert_close(decision.value, evaluation.value, atol=1e-5, rtol=0)
-    torch.testing.assert_close(tiny.value(obs, INSTRUCTIONS), evaluation.value, atol=1e-5, rtol=0)
     if temperature == 0:
         assert torch.equal(decision.latent, evaluation.dist.argmax(-1) + tiny.action_begin)
     assert decision.actions.shape == (4, tiny.chunk, 7) and decision.actions.dtype == torch.float32
@@ -713,6 +717,13 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
         load_policy("openvla-tiny", lora_rank=4)
     half = load_policy("openvla-tiny", tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for key, p in half.named_parameters() if ".lora_" in key} == {torch.float32}
+    seen = []
+    adapter = half.language_model.model.layers[0].mlp.gate_proj.lora_A["default"]
+    adapter.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    rounded = half.evaluate(obs, INSTRUCTIONS, latent)
+    assert seen == [torch.bfloat16] and 0 < (rounded.dist - after.dist).abs().max() < 1
+    rounded.logprob.sum().backward()
+    assert {p.grad.dtype for key, p in half.named_parameters() if ".lora_" in key} == {torch.float32}
     rewrite(tmp_path / "adapter_model.safetensors", lambda t: t.pop(next(iter(t))))
     with pytest.raises(PolicyError, match="lacks the tensor .*lora_"):
         load_policy("openvla-tiny", tmp_path)
@@ -746,6 +757,20 @@ def test_value_head_is_optional(broken_dir):
     assert not any(p.is_meta for p in policy.parameters()) and not any(b.is_meta for b in policy.buffers())
 
 
+def test_rlinf_value_head(tiny, broken_dir):
+    """RLinf keeps the same MLP inside the model's file, as value_head.mlp.0, .2 and .4."""
+    tensors = load_file(broken_dir / "value_head.safetensors")
+    (broken_dir / "value_head.safetensors").unlink()
+    theirs = {key.replace(f"head_l{i + 1}", f"value_head.mlp.{2 * i}"): t for i in range(3) for key, t in tensors.items()
+              if f"head_l{i + 1}" in key}  # fmt: skip
+    assert sorted(theirs) == [f"value_head.mlp.{x}" for x in ("0.bias", "0.weight", "2.bias", "2.weight", "4.weight")]
+    rewrite(broken_dir / "model.safetensors", lambda t: t.update(theirs))
+    assert same_weights(load_policy("openvla-tiny", broken_dir), tiny)
+    rewrite(broken_dir / "model.safetensors", lambda t: t.update({"value_head.mlp.4.bias": torch.zeros(1)}))
+    with pytest.raises(PolicyError, match="has the tensor value_head.head_l3.bias, which this model has not"):
+        load_policy("openvla-tiny", broken_dir)
+
+
 def test_statistics_come_from_every_file(broken_dir):
     stats = json.loads((broken_dir / "norm_stats.json").read_text())
     other = copy.deepcopy(stats["builtin"])
@@ -776,35 +801,96 @@ def test_unknown_backbone_and_missing_directory(tmp_path):
         load_policy("openvla", tmp_path)
 
 
-def test_hub_repository_out_of_reach(monkeypatch):
-    def unreachable(repo, revision=None, **kwargs):
-        raise FileNotFoundError(f"cannot find {repo} at {revision}\nmore")
+class NoSuchThing(http.server.BaseHTTPRequestHandler):
+    """A Hub that has nothing: /api/models/REPO/revision/REVISION is answered with the error that REPO's name asks for."""
 
-    monkeypatch.setattr(policies, "snapshot_download", unreachable)
-    with pytest.raises(PolicyError, match="nor a Hub .*cannot find no/body at v1; check") as info:
-        load_policy("openvla", "no/body@v1")
-    assert "\n" not in str(info.value)
-    with pytest.raises(PolicyError, match="cannot find gen-robot/openvla-7b-rlvla-warmup at None"):
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RevisionNotFound" if "/some/" in self.path else "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_that_says_no_and_no_hub_at_all(monkeypatch, tmp_path):
+    """The real client, against a server here and against a closed port."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoSuchThing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    start = time.time()
+    for name, sentence in (
+        ("no/body", "^no/body is neither .*: the Hub has no such repository, or it is private .*$"),
+        ("some/body@v9", "^some/body is neither .*: 404 .* Revision Not Found .*$"),
+    ):
+        with pytest.raises(PolicyError, match=sentence):
+            load_policy("openvla", name)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(PolicyError, match="^gen-robot/openvla-7b-rlvla-warmup is neither .* out of reach .*$"):
         load_policy("openvla")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PolicyError, match="HF_HUB_OFFLINE=1"):
+        load_policy("openvla", "no/body")
+    assert time.time() - start < 20
 
 
-def test_hub_snapshot_is_used(monkeypatch, tiny_dir, tmp_path):
-    shutil.copytree(tiny_dir, tmp_path / "hub")
-    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+@pytest.fixture
+def cached(monkeypatch, tiny_dir, tmp_path):
+    """some/body in the Hub's cache, with no network: the tiny weights as a checkpoint of openvla -> its snapshot."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repo = tmp_path / "cache/models--some--body"
+    snapshot = Path(shutil.copytree(tiny_dir, repo / "snapshots" / commit))
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    (repo / "refs/v1").write_text(commit)
+    config = json.loads((snapshot / "config.json").read_text())
     del config["_word_vocab"]  # what makes a checkpoint openvla-tiny
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(policies, "snapshot_download", lambda repo, **kwargs: str(tmp_path / "hub"))
-    policy = load_policy("openvla", "some/body", dtype=torch.float32)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_hub_cache_offline(cached, tiny, tmp_path):
+    for name in ("some/body", "some/body@v1", f"some/body@{cached.name}"):
+        policy = load_policy("openvla", name)
+        assert same_weights(policy, tiny) and policy.dtype == torch.float32  # bfloat16 on a GPU
     with pytest.raises(PolicyError, match=r"some/body has no tokenizer\.json"):
         policy.tokenize([SHORT])
+    with pytest.raises(PolicyError, match="out of reach"):
+        load_policy("openvla", "some/body@v2")
+    load_policy("openvla", "some/body", lora_rank=4).save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/body", cached.name)  # pinned
+    (cached.parents[1] / "refs/main").write_text("moved")
+    again = load_policy("openvla", tmp_path / "adapter")
+    assert (again.name, again.commit) == ("some/body", cached.name)
+
+
+def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
+    fetched = []
+    monkeypatch.setattr(policies, "snapshot_download", lambda *a, allow_patterns, **k: fetched.append(allow_patterns) or cached)
+    load_policy("openvla", "some/body", dtype=torch.float32)
+    small, weights = fetched
+    assert weights == ["model*.safetensors"] and not any(fnmatch.fnmatch("model-00001-of-00003.safetensors", p) for p in small)
+    fetched.clear()
+    with pytest.raises(PolicyError, match="no key 'wrong'"):
+        load_policy("openvla", "some/body", unnorm_key="wrong")
+    (cached / "config.json").write_text(json.dumps({"type": "pi05"}))
+    with pytest.raises(PolicyError, match="checkpoint of pi05"):
+        load_policy("openvla", "some/body")
+    assert fetched == [small, small]
 
 
 def test_checkpoint_of_another_backbone(tiny_dir, tmp_path):
     with pytest.raises(PolicyError, match="is a checkpoint of openvla-tiny, not of the backbone openvla"):
         load_policy("openvla", tiny_dir)
-    for field in ("model_type", "type"):
-        (tmp_path / "config.json").write_text(json.dumps({field: "pi05"}))
-        with pytest.raises(PolicyError, match="is a checkpoint of pi05, not of the backbone openvla"):
+    for config, kind in (({"model_type": "pi05"}, "pi05"), ({"type": "pi05"}, "pi05"), ({}, "a model that it does not name")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(PolicyError, match=f"is a checkpoint of {kind}, not of the backbone openvla"):
             load_policy("openvla", tmp_path)
 
 
