@@ -157,6 +157,39 @@ def test_the_gradient_does_not_depend_on_the_device_batch(device_batch_size):
     assert distance(moved[1], moved[0]) < 1e-4  # of a difference of float32 weights; of the weights themselves 1e-8
 
 
+@pytest.mark.parametrize("below", [0, 3, 9, 11, 16])
+def test_samples_at_the_sensitivity_clip_cost_no_backward_pass(below, monkeypatch):
+    """Gradients are those of the plain formula, and the passes that are counted are never far from the fewest possible."""
+    args = toy_args(inv_coef=0.5, sen_coef=2.0, device_batch_size=16, batch_size=16, update_epochs=1)
+    policy = toy_policy_with_seed()
+    batch = {k: v[:16] if k != "obs" else {name: x[:16] for name, x in v.items()} for k, v in toy_rollout(args, policy).items()}
+    o, o_alt = (policy.evaluate({"rgb": batch["obs"][k]}, batch["instructions"], batch["latents"]) for k in ("rgb", "rgb_alt"))
+    kl = policy.kl(o.dist, o_alt.dist).detach().sort().values
+    args.sen_clip = torch.cat([kl[:1] * 0.9, (kl[1:] + kl[:-1]) / 2, kl[-1:] * 1.1])[below].item()
+
+    def plain(policy, dist, obs, instructions, latent, clip):
+        return policy.kl(dist, policy.evaluate({"rgb": obs["rgb_alt"]}, instructions, latent).dist)
+
+    moved, rows = [], dict(forward=0, backward=0)
+    for formula in (plain, ppo_pair.kl_to_altered):
+        monkeypatch.setattr(ppo_pair, "kl_to_altered", formula)
+        other, rows = copy.deepcopy(policy), dict(forward=0, backward=0)
+
+        def forward(module, x, y, rows=rows):
+            rows["forward"] += len(y)
+            if y.requires_grad:
+                y.register_hook(lambda grad: rows.update(backward=rows["backward"] + len(grad)))
+
+        other.language_model.model.norm.register_forward_hook(forward)
+        stats = ppo_pair.update(args, other, sgd(other, 1e-3), batch, gray(1))
+        moved.append([p - q for p, q in zip(other.parameters(), policy.parameters())])
+        assert abs(stats["sen_clipped"] - (16 - below) / 16) < 1e-6
+    assert distance(moved[1], moved[0]) < 1e-4
+    again = below if below < 0.6 * 16 else 0
+    assert rows == dict(forward=16 * 3 + again, backward=16 + (below if below < 0.6 * 16 else 16))  # o, o_pre, o_alt
+    assert sum(rows.values()) <= 1.1 * (16 * 4 + min(2 * below, 16))
+
+
 def test_the_critic_warm_up_moves_the_value_head_alone():
     args, policy = toy_args(batch_size=32), toy_policy_with_seed()
     batch, before = toy_rollout(args, policy), copy.deepcopy(policy.state_dict())
