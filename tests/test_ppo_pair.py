@@ -190,6 +190,24 @@ def test_samples_at_the_sensitivity_clip_cost_no_backward_pass(below, monkeypatc
     assert sum(rows.values()) <= 1.1 * (16 * 4 + min(2 * below, 16))
 
 
+def test_log_probs_that_disagree_stop_the_run():
+    """bfloat16 rounds differently in rollout and update, a mistake is larger than that."""
+    args, policy = toy_args(batch_size=32, update_epochs=1), toy_policy_with_seed()
+    batch = toy_rollout(args, policy)
+    batch["logprobs"] += 0.05
+    with pytest.raises(ppo_pair.sim.Fault, match="act and evaluate disagree"):
+        ppo_pair.update(args, policy, sgd(policy, 0.0), batch)
+    policy.bfloat16().value_head.float()
+    batch = toy_rollout(args, policy)
+    for error in (0.05, 0.15):
+        batch["logprobs"] += error
+        if error > 0.1:
+            with pytest.raises(ppo_pair.sim.Fault, match="act and evaluate disagree"):
+                ppo_pair.update(args, policy, sgd(policy, 0.0), batch)
+        else:
+            assert ppo_pair.update(args, policy, sgd(policy, 0.0), batch)["ratio_dev"] > 0.04
+
+
 def test_the_critic_warm_up_moves_the_value_head_alone():
     args, policy = toy_args(batch_size=32), toy_policy_with_seed()
     batch, before = toy_rollout(args, policy), copy.deepcopy(policy.state_dict())
