@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
@@ -32,6 +33,8 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import bench_policy
+
 import policies
 from policies import OpenVLA, PolicyError, load_policy
 
@@ -40,16 +43,6 @@ TINY_A, TINY_LORA = GOLDEN / "openvla_tiny_a", GOLDEN / "openvla_tiny_a_lora"
 golden = pytest.mark.skipif(not TINY_A.is_dir(), reason=f"the official code's fixtures are not at {GOLDEN}")
 
 SHORT, LONG = "put house on plate", "put blue stick on plate"
-OFFICIAL = {  # what distinguishes the 7B checkpoint's config.json
-    "model_type": "openvla",
-    "timm_model_ids": list(policies.TIMM),
-    "image_sizes": [224, 224],
-    "n_action_bins": 256,
-    "pad_to_multiple_of": 64,
-    "pad_token_id": 32000,
-    "text_config": {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064},
-    "norm_stats": {},
-}
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +593,7 @@ def test_full_size_structure_and_lora_count():
     assert len(shapes) == 982
     assert sum(torch.Size(s).numel() for s in shapes.values()) == 7_541_237_184
     with torch.device("meta"):
-        policy = OpenVLA(OFFICIAL)
+        policy = OpenVLA(bench_policy.OPENVLA_7B)
     dead = {key for key in shapes if policy.is_dead(key)}
     assert len(dead) == 16 + 27  # last block and norm of either tower, and the attention pool
     own = {key: tuple(t.shape) for key, t in policy.state_dict().items() if not key.startswith("value_head.")}
@@ -615,6 +608,40 @@ def test_full_size_structure_and_lora_count():
     on_dead_modules = sum(32 * sum(shapes[key]) for key in weights)
     assert (lora, on_dead_modules) == (109_126_400, 1_701_888)
     assert lora + on_dead_modules == 110_828_288  # RL4VLA's count, which adapts modules that are never used as well
+
+    policy.tokenizer = lambda text: [1] * 20  # what bench_policy.py calls the floor, against sums made by hand
+    calls = bench_policy.passes(policy, 1)
+    for name, tera in (("forward", 4.09 * 1.012), ("ppo", (4.09 + 4.19) * 1.012)):  # 1.2 %: the adapters
+        with FlopCounterMode(display=False) as counter:
+            calls[name]()
+        assert abs(counter.get_total_flops() / (tera * 1e12) - 1) < 0.01
+
+
+def test_peak_memory_is_what_lives_at_once():
+    with bench_policy.PeakMemory() as memory:
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a[:10] + a[10:20]  # views are not memory, 40 more bytes are
+        assert (memory.alive, memory.peak) == (4040, 4040)
+        a.add_(1)
+        a = torch.stack([a, a])[0].clone()
+        assert memory.peak == 4040 + 8000 + 4000  # old a, the stack, new a
+        assert memory.alive == 4040
+        del a, b
+    assert memory.alive == 0
+
+
+def test_bench_policy_prints_a_table(capsys):
+    args = dict(num_envs=3, batch_size=4, device_batch_size=2, repeats=1, cuda=False, lora_rank=4)
+    bench_policy.main(bench_policy.Args(**args))
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[1].strip() for line in lines[1:]] == [
+        "rollout step", "PPO minibatch", "PAIR minibatch, no sample at the clip", "PAIR minibatch, all samples at the clip",
+    ]  # fmt: skip
+    assert all(float(cell) > 0 for line in lines[1:] for cell in line[3:6])
+    kept = bench_policy.peak_memory(bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4), "ppo")[1]
+    saved = bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4)
+    saved.gradient_checkpointing = True
+    assert bench_policy.peak_memory(saved, "ppo")[1] < 0.7 * kept
 
 
 # ---------------------------------------------------------------------------------------- files
