@@ -62,7 +62,7 @@ class Decision(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent; or a Gaussian
+    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent; or see Pi0.distribution
     logprob: torch.Tensor  # (B,) SUM over the 7 tokens: the log-prob of the joint action
     entropy: torch.Tensor  # (B,) mean over the 7 tokens, nats
     value: torch.Tensor  # (B,)
@@ -123,6 +123,13 @@ def run(layer, x, recompute, **kwargs):
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, x, use_reentrant=False, **kwargs)
     return layer(x, **kwargs)
+
+
+def grid_waves(count, dim):
+    """Position embeddings (count, dim) of a square grid: 1 to 10 quarter waves from edge to middle."""
+    axis = torch.linspace(-1, 1, round(count**0.5))
+    angle = torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57  # (n, 2, D/4)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(1) / 2
 
 
 class ViT(nn.Module):
@@ -304,10 +311,7 @@ class OpenVLA(nn.Module):
                     nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
                     nn.init.zeros_(module.bias)
         for tower in self.vision_backbone.values():
-            count, dim = tower.pos_embed.shape[1:]
-            axis = torch.linspace(-1, 1, round(count**0.5))
-            angle = torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57  # (n, 2, D/4)
-            tower.pos_embed.data = torch.cat([angle.sin(), angle.cos()], -1).flatten(1)[None] / 2
+            tower.pos_embed.data = grid_waves(*tower.pos_embed.shape[1:])[None]
         for layer in self.language_model.model.layers:  # attention starts by content: a word looks at patches like it
             nn.init.normal_(layer.self_attn.q_proj.weight, std=0.07)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
@@ -517,6 +521,9 @@ class OpenVLA(nn.Module):
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean(1).clamp(min=0)  # clamp: rounding may leave -1e-8
 
+    def groups(self, latent):
+        """Which samples' KLs to log apart, {name: (B,) bool}: here none."""
+        return {}
 
 # ------------------------------------------------------------------------------------------------ pi0 and pi0.5
 PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
@@ -526,6 +533,7 @@ PI = {  # sizes and settings of the official models; a checkpoint's config.json 
     "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6, "time_min_period": 4e-3, "time_max_period": 4.0,
     "action_dim": 32, "action_env_dim": 7, "gripper_threshold": 0.5, "discrete_state_input": False,
     "action_horizon": 8, "action_chunk": 5, "num_denoise_steps": 4, "noise_level": 0.5, "sde_steps": "one",
+    "camera_aspect": 4 / 3,  # width / height of the camera whose picture the environment has squashed into a square
     "prompt": None, "stem": None,  # ours: another prompt format, and strided convs before the patch embedding
 }  # fmt: skip
 PI_KIND = {  # what pi0 and pi0.5 do not share
@@ -543,20 +551,13 @@ PI_LORA_TARGETS = [  # RLinf's: every linear layer of SigLIP and of Gemma, not t
 
 PI05_TINY = {
     "image_size": 96, "patch": 16, "stem": [24, 48, 96], "vis_width": 128, "vis_depth": 2, "vis_heads": 4, "vis_mlp": 256,
-    "vocab": 128, "depth": 3, "heads": 4, "kv_heads": 1, "head_dim": 32, "vlm_width": 128, "vlm_mlp": 256, "exp_width": 128,
-    "exp_mlp": 256, "action_dim": 7, "gripper_threshold": 0.0, "value_head_hidden": [256, 128],
+    "vocab": 128, "depth": 3, "heads": 4, "kv_heads": 4, "head_dim": 32, "vlm_width": 128, "vlm_mlp": 256, "exp_width": 128,
+    "exp_mlp": 256, "action_dim": 7, "gripper_threshold": 0.0, "camera_aspect": 1.0, "value_head_hidden": [256, 128],
     "prompt": OPENVLA_TINY["_prompt"], "_word_vocab": OPENVLA_TINY["_word_vocab"],
     "norm_stats": {"builtin": {"actions": {  # the env's step bounds: metres, radians, gripper
         "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0], "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
     }}},
 }  # fmt: skip
-
-
-class Gaussian(NamedTuple):
-    """The transitions of one decision: m of them (1, or all N denoise steps), on what the environment executes."""
-
-    mean: torch.Tensor  # (B, m, chunk, 7) float32, normalised action units
-    std: torch.Tensor  # (B, m, 1, 1)
 
 
 class Recorder(dict):
@@ -637,6 +638,7 @@ class Pi0(nn.Module):
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
         self.num_steps, self.noise_level = c.num_denoise_steps, c.noise_level
+        self.unnorm_key, self._affine = None, {}
         vision = SiglipVisionConfig(
             hidden_size=c.vis_width, intermediate_size=c.vis_mlp, num_attention_heads=c.vis_heads,
             layer_norm_eps=c.layer_norm_eps, attn_implementation="sdpa",
@@ -703,6 +705,25 @@ class Pi0(nn.Module):
         """What training changes where there are adapters: those, and the whole action expert."""
         return ".lora_" in key or not (".paligemma." in key or key.startswith("value_head."))
 
+    def init_from_scratch(self):
+        """What pretraining has done for the official models: the image reaches the actions (see OpenVLA's)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
+                nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, AdaRMSNorm):  # starts as a plain norm with an open gate
+                nn.init.zeros_(module.dense.weight)
+                module.dense.bias.data[-module.dense.in_features :] = 1.0
+        paligemma = self.paligemma_with_expert["paligemma"]
+        nn.init.normal_(paligemma["lm_head"].weight, std=self.config["vlm_width"] ** -0.5)
+        position = paligemma["model"]["vision_tower"]["vision_model"]["embeddings"]["position_embedding"].weight
+        position.data = grid_waves(*position.shape)
+        for layer in paligemma["model"]["language_model"]["layers"]:  # attention starts by content
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+
     def init_value_head(self):
         """As RLinf: Kaiming-normal (fan out), the last layer N(0, 0.02), zero biases."""
         *hidden, last = [m for m in self.value_head["mlp"] if isinstance(m, nn.Linear)]
@@ -735,11 +756,11 @@ class Pi0(nn.Module):
         return self.paligemma_with_expert["paligemma"]["lm_head"].weight.dtype
 
     def _rotary(self, positions, like):
-        """positions (B, n) -> cos, sin (B, n, head_dim) in the dtype of `like`, computed in float32."""
+        """positions (B, n) -> cos, sin (B, n, head_dim) like `like`, computed in float32."""
         d = self.config["head_dim"]
         freq = self.config["rope_theta"] ** (-torch.arange(0, d, 2, device=positions.device) / d)
         angle = (positions[..., None] * freq).repeat(1, 1, 2)
-        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+        return angle.cos().to(like), angle.sin().to(like)
 
     def _see(self, images):
         """(n, 3, S, S) in [-1, 1] -> (n, patches, W): SigLIP and the projector."""
@@ -756,7 +777,8 @@ class Pi0(nn.Module):
         tokens (B, L) ids, token_mask (B, L) bool -> Prefix of [camera 0 | camera 1 ... | prompt].
 
         Cameras that are not there and padding beyond the longest prompt are not computed at all: nothing attends to
-        them (openpi computes all three cameras and all 200 tokens, 3.3 times the arithmetic).
+        them (openpi computes all three cameras and all 200 tokens, 3.3 times the arithmetic). Masks may be on the CPU,
+        where looking for holes in them does not wait for a GPU.
         """
         images, there = images[:, image_masks.any(0)], image_masks[:, image_masks.any(0)]
         tokens, token_mask = tokens[:, token_mask.any(0)], token_mask[:, token_mask.any(0)]
@@ -767,7 +789,7 @@ class Pi0(nn.Module):
         x = torch.cat([vision.flatten(1, 2), paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5], 1)
         mask = torch.cat([there.repeat_interleave(seen.shape[1], 1), token_mask], 1)  # (B, P)
         rotary = self._rotary(mask.cumsum(1) - 1, x)  # padding does not count
-        kv, visible = Recorder(), mask[:, None, None]  # everything sees everything
+        kv, visible = Recorder(), mask[:, None, None].to(x.device)  # everything sees everything
         for layer in paligemma["model"]["language_model"]["layers"]:
             kwargs = {"attention_mask": visible, "position_embeddings": rotary, "past_key_values": kv}
             x = run(layer, x, self.gradient_checkpointing, **kwargs)
@@ -790,12 +812,12 @@ class Pi0(nn.Module):
             h = self.action_time_mlp_in(torch.cat([h, time[:, None].expand_as(h)], -1))
             h = torch.cat([self.state_proj(state)[:, None], self.action_time_mlp_out(F.silu(h))], 1)
             condition = {}
-        own = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
+        own = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=prefix.mask.device)
         if not self.pi05:
             own[0, 1:] = False  # the state sees the prefix and itself; the actions see all
         visible = prefix.mask[:, None].expand(-1, len(own), -1)
-        visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None]  # (B, 1, n, P + n)
-        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(own), device=h.device)
+        visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None].to(h.device)  # (B, 1, n, P + n)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(own), device=own.device)
         kwargs = {"attention_mask": visible, "position_embeddings": self._rotary(positions, h), "past_key_values": prefix}
         expert = self.paligemma_with_expert["gemma_expert"]["model"]
         for layer in expert["layers"]:
@@ -822,7 +844,7 @@ class Pi0(nn.Module):
 
     def prefix_value(self, prefix):
         """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
-        weight = prefix.mask[..., None].float()
+        weight = prefix.mask[..., None].to(prefix.hidden.device, torch.float32)
         return self._value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
 
     def flow_loss(self, prefix, state, actions, noise, t):
@@ -867,9 +889,10 @@ class Pi0(nn.Module):
         return torch.stack(chain, 1)
 
     def distribution(self, prefix, state, latent):
-        """The one place where rollout, update and both views get the distribution from -> Gaussian, value (B,).
+        """The one place where rollout, update and both views get the distribution from -> dist, value (B,).
 
-        latent (B, m + 2, H, D): x_k ... x_{k+m}, and a plane that holds k.
+        latent (B, m + 2, H, D): x_k ... x_{k+m}, and a plane that holds k; m is 1, or all N denoise steps.
+        dist (B, 2, m, chunk, 7): mean and std of each transition, on what the environment executes; normalised units.
         """
         k, chunk, dims = latent[:, -1, 0, 0].long(), self.chunk, self.config["action_env_dim"]
         means, stds, values = [], [], []
@@ -877,22 +900,28 @@ class Pi0(nn.Module):
             hidden = self._expert(prefix, state, latent[:, i], 1 - (k + i) / self.num_steps)
             mean, std = self.transition(latent[:, i], self.action_out_proj(hidden), k + i, self.num_steps)
             means.append(mean[:, :chunk, :dims])
-            stds.append(std[:, :1, :1])
+            stds.append(std[:, :chunk, :dims])
             values.append(None if self.pi05 else self._value(hidden.mean(1)))
         value = self.prefix_value(prefix) if self.pi05 else torch.stack(values).mean(0)
-        return Gaussian(torch.stack(means, 1), torch.stack(stds, 1)), value
+        return torch.stack([torch.stack(means, 1), torch.stack(stds, 1)], 1), value
 
     # -------------------------------------------------------------------- inputs and actions
     def preprocess(self, images_uint8):
-        """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1]: the aspect ratio is kept, black fills the rest (openpi)."""
+        """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1]: the aspect ratio is kept, black fills the rest (openpi).
+
+        A square picture is one that was squashed: it gets the camera's aspect ratio back.
+        """
         if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
             raise PolicyError(
                 f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
             )
         x, size = images_uint8.to(self.device).permute(0, 3, 1, 2).float(), self.image_size
-        if x.shape[-2:] != (size, size):
-            scale = max(x.shape[-2:]) / size
-            height, width = (int(n / scale) for n in x.shape[-2:])
+        height, width = x.shape[-2:]
+        if height == width:
+            height = width / self.config["camera_aspect"]
+        scale = max(height, width) / size
+        height, width = int(height / scale), int(width / scale)
+        if x.shape[-2:] != (size, size) or height != width:
             x = F.interpolate(x, (height, width), mode="bilinear", antialias=True).clamp(0, 255).round()
             top, left = (size - height) // 2, (size - width) // 2
             x = F.pad(x, (left, size - width - left, top, size - height - top))
@@ -933,7 +962,7 @@ class Pi0(nn.Module):
             rows.append(self._prompt_ids[key])
         length = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
-        return tokens, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=self.device)
+        return tokens, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
 
     def use_norm_stats(self, key):
         """Choose the data set whose statistics scale states and actions: by mean and std for pi0, quantiles for pi0.5."""
@@ -987,7 +1016,7 @@ class Pi0(nn.Module):
         state = self.normalize("state", obs["state"]).float().to(self.device) if "state" in self._affine else None
         in_prompt = state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
-        there = torch.ones(len(images), 1, dtype=torch.bool, device=self.device)
+        there = torch.ones(len(images), 1, dtype=torch.bool)
         return self.prefix(images, there, *self.tokenize(instructions, state=in_prompt)), state
 
     @torch.no_grad()
@@ -1016,13 +1045,13 @@ class Pi0(nn.Module):
     def logprob(self, dist, latent):
         """Log density (B,) float32 of the transitions in `latent`, SUMMED over them, executed steps and 7 dimensions."""
         after = latent[:, 1:-1, : self.chunk, : self.config["action_env_dim"]]
-        z = (after - dist.mean) / dist.std
-        return (-0.5 * z**2 - dist.std.log() - 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+        mean, std = dist.unbind(1)
+        return (-0.5 * ((after - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
 
     def evaluate(self, obs, instructions, latent):
         """The same observation, or another view of it, and latent -> Evaluation, with gradient."""
         dist, value = self.distribution(*self._observe(obs, instructions), latent)
-        entropy = (dist.std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean((1, 2, 3))  # a constant of the schedule
+        entropy = (dist[:, 1].log() + 0.5 * math.log(2 * math.pi * math.e)).mean((1, 2, 3))  # fixed by the schedule
         return Evaluation(dist, self.logprob(dist, latent), entropy, value)
 
     def kl(self, p, q):
@@ -1030,7 +1059,7 @@ class Pi0(nn.Module):
 
         Both have the same std, so it is (mean - mean')^2 / (2 std^2) per element.
         """
-        return (((p.mean - q.mean) / p.std) ** 2 / 2).mean((1, 2, 3))
+        return (((p[:, 0] - q[:, 0]) / p[:, 1]) ** 2 / 2).mean((1, 2, 3))
 
     def groups(self, latent):
         """Which samples (B,) bool to log apart: by denoise step. A KL weighs a change of velocity 15 times more at the last."""

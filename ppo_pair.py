@@ -37,26 +37,40 @@ import policies
 import sft
 import views
 
-# What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's (lost in our text of the paper).
-# The tiny preset is ours: PPO learns with it (README, "What it shows so far"), its pair coefficients are a guess.
+# What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's, for pi0.5 RLinf's (lost in our text
+# of the paper). The tiny presets are ours: PPO learns with openvla-tiny's (README, "What it shows so far"), the pair
+# coefficients are a guess.
 TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
-        lora_rank=32, gradient_checkpointing=True, device_batch_size=40,
+        lora_rank=32, gradient_checkpointing=True, device_batch_size=40, max_grad_norm=10.0,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=3, target_kl=0.04,
-        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160,
+        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
+    ),
+    "pi05": dict(
+        assets="rl4vla", iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, learning_rate=7.91e-6,
+        value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, critic_warmup=0, target_kl=0.0,
+        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=32, max_grad_norm=1.0,
+        horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
+    ),
+    "pi05-tiny": dict(
+        assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=4, learning_rate=1e-4,
+        value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, critic_warmup=3, target_kl=0.04,
+        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
+        horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
 }  # fmt: skip
+TABLE_3["pi0"] = TABLE_3["pi05"] | dict(update_epochs=4, detach_value=True)  # RLinf's differences; not in the paper
 
 
 @dataclass
 class Args:
     backbone: str = "openvla-tiny"
-    """openvla-tiny or openvla"""
+    """openvla-tiny, openvla, pi05-tiny, pi05 or pi0"""
     checkpoint: str | None = None
     """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub (default: the backbone's; sft.py trains a tiny one's)"""
     unnorm_key: str | None = None
@@ -68,7 +82,19 @@ class Args:
     lora_alpha: int | None = None
     """the adapters' scale is alpha / rank (default: the rank, as RLinf; RL4VLA has 16)"""
     lora_targets: tuple[str, ...] | None = None
-    """names of the layers that get an adapter (default: all linear layers, the ancestors' list)"""
+    """names of the layers that get an adapter (default: all linear layers, the ancestors' list; of pi0 the VLM's)"""
+    tokenizer: str | None = None
+    """pi0, pi05: PaliGemma's tokenizer.json (default: the one in the checkpoint)"""
+    horizon: int | None = None
+    """pi0, pi05: actions in a chunk ("Action horizon", Table 3)"""
+    replan: int | None = None
+    """pi0, pi05: how many of them are executed before the next decision (Table 3)"""
+    denoise_steps: int | None = None
+    """pi0, pi05: N, steps from noise to action (Table 3)"""
+    noise_level: float | None = None
+    """pi0, pi05: a, how much noise Flow-SDE adds (Table 3)"""
+    sde_steps: Literal["one", "all"] | None = None
+    """pi0, pi05: which denoise steps are stochastic in a rollout, one at random in each sample or all of them"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass: less memory, half as much again to compute"""
     run_dir: str | None = None
@@ -117,8 +143,8 @@ class Args:
     """how far a value may move from the rollout's before its loss stops falling (RL4VLA)"""
     ent_coef: float = 0.0
     """coefficient of the entropy bonus"""
-    max_grad_norm: float = 10.0
-    """the maximum norm of the gradient (RL4VLA)"""
+    max_grad_norm: float | None = None
+    """the maximum norm of the gradient (RL4VLA 10, RLinf 1)"""
     target_kl: float | None = None
     """stop an iteration's update once approx KL(old || new) is above this; 0: never"""
     critic_warmup: int | None = None
@@ -266,6 +292,8 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                     sen_kl = kl_to_altered(policy, new.dist, obs, instructions, latent, args.sen_clip)  # (B,)
                     loss = loss - args.sen_coef * sen_kl.clamp(max=args.sen_clip)
                     stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
+                for group, rows in policy.groups(latent).items():
+                    stats |= {f"{name}_{group}": stats[name][rows] for name in ("inv_kl", "sen_kl") if name in stats}
                 (loss.sum() / len(mb_inds)).backward()
                 seen.append({k: v.detach().float() for k, v in stats.items()})
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -364,7 +392,8 @@ def main(args: Args):
     policy = policies.load_policy(
         args.backbone, args.checkpoint, device=device, dtype=policies.DTYPES[args.dtype], unnorm_key=args.unnorm_key,
         lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_targets=args.lora_targets,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=args.gradient_checkpointing, tokenizer=args.tokenizer, horizon=args.horizon,
+        replan=args.replan, denoise_steps=args.denoise_steps, noise_level=args.noise_level, sde_steps=args.sde_steps,
     )  # fmt: skip
     policy.detach_value = args.detach_value
     value_head = list(policy.value_head.parameters())

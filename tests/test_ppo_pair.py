@@ -113,7 +113,7 @@ def toy_policy():
 
 def toy_args(**changes):
     args = ppo_pair.Args(num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, target_kl=0.0, inv_coef=0.0,
-                         sen_coef=0.0, sen_clip=0.8, gamma=0.5)  # fmt: skip
+                         sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     for name, value in changes.items():
         setattr(args, name, value)
     return args
