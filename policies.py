@@ -755,6 +755,11 @@ class Pi0(nn.Module):
     def dtype(self):
         return self.paligemma_with_expert["paligemma"]["lm_head"].weight.dtype
 
+    @property
+    def reads_state(self):
+        """Not pi0.5, unless its prompt spells the state out: RLinf's ManiSkill checkpoints see the image alone."""
+        return not self.pi05 or self.config["discrete_state_input"]
+
     def _rotary(self, positions, like):
         """positions (B, n) -> cos, sin (B, n, head_dim) like `like`, computed in float32."""
         d = self.config["head_dim"]
@@ -967,8 +972,7 @@ class Pi0(nn.Module):
     def use_norm_stats(self, key):
         """Choose the data set whose statistics scale states and actions: by mean and std for pi0, quantiles for pi0.5."""
         self.unnorm_key, self._affine = key, {}
-        reads_state = self.config["discrete_state_input"] or not self.pi05
-        for name in ("actions", "state") if reads_state else ("actions",):
+        for name in ("actions", "state") if self.reads_state else ("actions",):
             stats = self.config["norm_stats"][key][name]
             low, high = ("q01", "q99") if self.pi05 else ("mean", "std")
             if not stats.get(low) or not stats.get(high):
@@ -1013,7 +1017,7 @@ class Pi0(nn.Module):
     # -------------------------------------------------------------------- the interface of ppo_pair.py
     def _observe(self, obs, instructions):
         """-> Prefix, state (B, D) or None."""
-        state = self.normalize("state", obs["state"]).float().to(self.device) if "state" in self._affine else None
+        state = self.normalize("state", obs["state"]).float().to(self.device) if self.reads_state else None
         in_prompt = state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
         there = torch.ones(len(images), 1, dtype=torch.bool)

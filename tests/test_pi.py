@@ -482,9 +482,9 @@ def test_kl_is_a_mean_with_the_published_coefficients(inputs):
         kl = policy.kl(p, q)
         torch.testing.assert_close(kl, c * (v - other)[:, :5, :7].pow(2).mean((1, 2)), atol=0, rtol=1e-4)
         assert torch.equal(policy.kl(p, p), torch.zeros(3))
-    samples = mean + std * torch.randn(20_000, *mean.shape)
+    samples = mean + std * torch.randn(5_000, *mean.shape)
     logps = [torch.distributions.Normal(m, std).log_prob(samples)[..., :5, :7].mean((-1, -2)) for m in (mean, mean_other)]
-    torch.testing.assert_close((logps[0] - logps[1]).mean(0), kl, atol=0.01, rtol=0.02)
+    torch.testing.assert_close((logps[0] - logps[1]).mean(0), kl, atol=0.02, rtol=0.04)
 
 
 def test_gradients_reach_every_weight_through_both_losses(policy, obs):
