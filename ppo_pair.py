@@ -319,7 +319,7 @@ def unrelated_kl(policy, batch, n=64):
     inds = torch.linspace(0, len(batch["logprobs"]) - 1, 2 * n).long()
     instructions = [batch["instructions"][i] for i in inds[:n].tolist()] * 2
     inds = inds.to(batch["logprobs"].device)
-    latent = batch["latents"][inds[:n]].repeat(2, 1)
+    latent = torch.cat([batch["latents"][inds[:n]]] * 2)
     dist = policy.evaluate({k: v[inds] for k, v in batch["obs"].items()}, instructions, latent).dist
     return policy.kl(dist[:n], dist[n:]).mean().item()
 
