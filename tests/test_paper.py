@@ -14,6 +14,11 @@ def test_table_3():
     paper = dict(iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, inv_coef=1.0, sen_coef=0.2,
                  sen_clip=0.8)  # fmt: skip
     assert {name: openvla[name] for name in paper} == paper
+    pi05 = ppo_pair.TABLE_3["pi05"]
+    paper = dict(iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, inv_coef=4.0, sen_coef=4.0,
+                 sen_clip=0.08, horizon=8, replan=5, denoise_steps=4, noise_level=0.5)  # fmt: skip
+    assert {name: pi05[name] for name in paper} == paper
+    assert pi05["num_envs"] * pi05["num_steps"] // pi05["replan"] == pi05["batch_size"]  # one optimizer step an epoch
     defaults = ppo_pair.Args()
     assert (defaults.gamma, defaults.gae_lambda, defaults.clip_coef) == (0.99, 0.95, 0.2)
 
