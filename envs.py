@@ -7,6 +7,7 @@ An episode is a pure function of (split, episode id): `sample_episode`. It has a
 The simulator never renders by itself: a picture is taken where a policy looks, and a changed view is one more picture
 (views.py). `make_envs` spreads N environments over worker processes, one per core, and hands out batched torch tensors.
 """
+
 from __future__ import annotations
 
 import os
@@ -27,7 +28,8 @@ import tempfile
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,11 +39,12 @@ import numpy as np
 import sapien
 import torch
 import tyro
-from mani_skill import PACKAGE_ASSET_DIR
+from mani_skill import ASSET_DIR, PACKAGE_ASSET_DIR
 from mani_skill.agents.controllers import PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
 from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
 from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import register_env
@@ -78,8 +81,8 @@ class Split:
     """how many other objects lie on the table (B.4)"""
     held_out_objects: bool = False
     """half of the distractors are objects never seen in training (B.4, "Distractor-k")"""
-    camera_deg: float = 0.0
-    """orbit of the camera about the vertical axis through the workspace, degrees (5.5)"""
+    cameras: tuple = (0.0,)
+    """orbits of the camera about the vertical axis through the workspace, degrees: one is drawn (5.5)"""
 
 
 SPLITS = {
@@ -96,15 +99,24 @@ SFT_SPLITS = {  # what sft.py trains on: training objects only
 
 
 def parse_split(name: str) -> Split:
-    """The Split called `name`: one of SPLITS, or camera+N / camera-N for an orbit of N degrees (|N| <= 90)."""
+    """The Split called `name`: one of SPLITS, or section 5.5's, in degrees: camera+N or camera-N for one orbit of the
+    camera, camera+-N:S for one drawn from -N, -N + S, ..., N in each episode. N <= 90."""
     if name in SPLITS or name in SFT_SPLITS:
         return {**SPLITS, **SFT_SPLITS}[name]
-    match = re.fullmatch(r"camera([+-]\d+(?:\.\d+)?)", name)
-    if match is None:
-        raise Fault(f"unknown split {name!r}: choose from {', '.join(SPLITS)}, camera+N or camera-N (degrees)")
-    if abs(float(match[1])) > 90:
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"camera([+-]|\+-){number}(?::{number})?", name)
+    if match is None or (match[1] == "+-") != (match[3] is not None):
+        more = "camera+N, camera-N or camera+-N:STEP (degrees)"
+        raise Fault(f"unknown split {name!r}: choose from {', '.join(SPLITS)}, {more}")
+    if float(match[2]) > 90:
         raise Fault(f"split {name!r}: the camera can turn by at most 90 degrees")
-    return Split(camera_deg=float(match[1]))
+    if match[3] is None:
+        return Split(cameras=(float(match[1] + match[2]),))
+    widest, step = float(match[2]), float(match[3])
+    if not 0 < step <= widest:
+        raise Fault(f"split {name!r}: the step must be above 0 and at most {match[2]} degrees")
+    turns = int(widest / step + 1e-9)
+    return Split(cameras=tuple(step * i for i in range(-turns, turns + 1)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def _lattice(low: int, high: int) -> np.ndarray:
 
 GRID = _lattice(0, 6)  # 36 training positions
 RING = _lattice(-1, 7)[(np.abs(_lattice(-1, 7) - CENTER) > 0.1).any(1)]  # 28 points on the border at 10.5 cm
-WIDE = _lattice(-4, 10)  # where clutter goes when the training square is full
+WIDE, FARTHER = _lattice(-4, 10), _lattice(-8, 10)  # where clutter goes when the training square is full, or all of that
 TRAIN_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])
 HELD_OUT_YAWS = -np.deg2rad([22.5, 67.5, 112.5, 157.5])
 
@@ -168,14 +180,14 @@ class Episode:
     camera_deg: float
 
 
-def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
+def sample_episode(episode_id: int, split: str | Split, pack: BuiltinPack | Rl4vlaPack) -> Episode:
     """Episode number `episode_id` (0 <= id < 2**63) of `split`.
 
     Each factor has a random stream of its own, so episode i has the same target, plate, table draw and light draw in
     every split, and policies can be compared episode by episode.
     """
-    s = parse_split(split)
-    stream = [np.random.default_rng([episode_id, factor]) for factor in range(7)]
+    s = parse_split(split) if isinstance(split, str) else split
+    stream = [np.random.default_rng([episode_id, factor]) for factor in range(8)]
     target = int(stream[0].integers(16))
     train_others = stream[1].permutation([i for i in range(16) if i != target])
     held_out = stream[2].permutation(np.arange(16, 25))
@@ -198,10 +210,10 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
     radii = [pack.radius(target), pack.plate_radius, pack.radius(first)]
     for i in distractors[1:]:  # first free point of the training grid, then of its border, then of a wider patch
         points = np.concatenate([stream[5].permutation(points) for points in (GRID, RING, WIDE)])
+        points = np.concatenate([points, FARTHER])
         gaps = np.linalg.norm(points[:, None] - np.array([targets[t], GRID[p], *placed]), axis=-1)
         clearance = (gaps - np.array(radii) - pack.radius(i)).min(1)
-        free = np.flatnonzero(clearance > 0.005)
-        placed.append(points[free[0] if len(free) else clearance.argmax()])
+        placed.append(points[np.flatnonzero(clearance > 0.005)[0]])
         radii.append(pack.radius(i))
         yaws.append(TRAIN_YAWS[stream[5].integers(4)])
     table, held_out_table = int(stream[6].integers(16)), int(stream[6].integers(16, 21))
@@ -216,7 +228,7 @@ def sample_episode(episode_id: int, split: str, pack: BuiltinPack) -> Episode:
         distractor_yaw=tuple(float(y) for y in yaws)[: s.distractors],
         table=held_out_table if s.held_out_tables else table,
         light=light if s.held_out_lights else 0,
-        camera_deg=s.camera_deg,
+        camera_deg=s.cameras[stream[7].integers(len(s.cameras))],
     )
 
 
@@ -353,13 +365,14 @@ class BuiltinPack:
     robot_uid = "panda_light"
     base_pose = sapien.Pose([0.30, 0.028, 0.870], [0, 0, 0, 1])
     init_qpos = np.array([0.0408, -0.2736, 0.0411, -2.8293, 0.0237, 2.523, 0.8458, 0.04, 0.04])
-    camera_eye, camera_at, camera_fov = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945]), np.deg2rad(38)
+    camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
     image_size = 96
     sim_freq, control_freq = 100, 5
     max_episode_steps = 20
     grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
     names = [name for name, _, _ in OBJECTS]
-    plate_radius, plate_size = 0.055, np.array([0.11, 0.11, 0.012])
+    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
+    floor = [0.35, 0.36, 0.38, 1]
 
     def __init__(self):
         self.sizes, self.offsets = [], []  # metres; offset puts the middle of the bounding box at the object's origin
@@ -370,6 +383,12 @@ class BuiltinPack:
             self.offsets.append(-(low + high) / 2)
         self._tables = None
 
+    def check_files(self):
+        pass  # everything is in this file and in mani_skill's wheel
+
+    def lens(self, size: int) -> dict:
+        return dict(fov=np.deg2rad(38))
+
     def radius(self, i: int) -> float:
         """Radius in metres of the circle around object i seen from above."""
         return float(np.linalg.norm(self.sizes[i][:2])) / 2
@@ -378,7 +397,7 @@ class BuiltinPack:
         """Least distance in metres between the centres of object i and the plate: RL4VLA's 7 cm, more for long objects."""
         return max(0.07, self.plate_radius + max(self.sizes[i][:2]) / 2 + 0.005)
 
-    def spawn_z(self, i: int) -> float:
+    def spawn_z(self, i: int, is_target: bool) -> float:
         """Height of object i's centre at reset: 2 mm above the table, so that nothing bounces or rolls away."""
         return TABLE_Z + self.sizes[i][2] / 2 + 0.002
 
@@ -414,8 +433,8 @@ class BuiltinPack:
                 self._tables.append(material)
         return self._tables
 
-
-PACKS = {"builtin": BuiltinPack()}
+    def photos(self, size: int):
+        return None
 
 
 @register_agent()
@@ -445,6 +464,190 @@ class LightPanda(Panda):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Asset pack `rl4vla`: the paper's benchmark
+# ----------------------------------------------------------------------------------------------------------------------
+HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
+FILES = Path(__file__).parent / "rl4vla_files.txt"  # what the pack reads: "bytes path" in every line
+
+
+def asset_folders() -> dict[str, Path]:
+    """Where the parts of the pack `rl4vla` are on this machine: {first folder in rl4vla_files.txt: directory}.
+
+    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is fetched.
+    """
+    if "PAIR_VLA_ASSETS" in os.environ:
+        root = Path(os.environ["PAIR_VLA_ASSETS"])
+        return dict(carrot=root / "carrot", data=root / "data")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        hub = Path(snapshot_download(HUB_DATASET, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        hub = Path(f"the Hub's cache of {HUB_DATASET}")
+    return dict(carrot=hub / "carrot", data=ASSET_DIR)
+
+
+def faulty_assets() -> dict[Path, str]:
+    """Files of the pack `rl4vla` that are not here or not whole -> what is the matter with them."""
+    folders, faults = asset_folders(), {}
+    for line in FILES.read_text().splitlines():
+        size, name = line.split(" ", 1)
+        folder, name = name.split("/", 1)
+        path = folders[folder] / name
+        if not path.is_file():
+            faults[path] = "is missing"
+        elif path.stat().st_size != int(size):
+            if size == "0" and path.stat().st_size == int.from_bytes(path.open("rb").read(12)[8:], "little"):
+                continue  # size not known beforehand; a .glb says how long it is
+            faults[path] = f"has {path.stat().st_size} bytes" + (f" instead of {size}" if size != "0" else ": it is cut off")
+    return faults
+
+
+def download():
+    """Fetches what is missing of the pack `rl4vla`, asks nothing, and can be interrupted and started again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from mani_skill.utils.assets.data import DATA_SOURCES
+    from mani_skill.utils.download_asset import download as download_zip
+
+    faults = faulty_assets()
+    robot = asset_folders()["data"] / "robots/widowx"
+    for path in faults:  # a file that was cut off would pass for complete
+        if path.is_file():
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)  # the Hub's cache holds links
+    try:
+        if any(robot not in path.parents for path in faults):
+            local = dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
+            wanted = [line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line]
+            snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=wanted, **local)
+        if any(robot in path.parents for path in faults):
+            download_zip(replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent), non_interactive=True)
+    except (OSError, HfHubHTTPError) as error:
+        raise Fault(f"--download: {str(error).splitlines()[0]}; check the network and start it again, it goes on where it was")
+    PACKS["rl4vla"].check_files()
+    print("ok: the pack rl4vla is complete in", " and ".join(map(str, asset_folders().values())))
+
+
+class Rl4vlaPack:
+    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind them: the scene, the
+    controller and the rates of RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its files, on stock mani_skill.
+
+    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular damping (below).
+    """
+
+    name = "rl4vla"
+    robot_uid = "widowx_bridge"
+    base_pose = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
+    init_qpos = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037])
+    camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
+    camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
+    image_size = 224
+    sim_freq, control_freq = 500, 5
+    max_episode_steps = 80
+    grasp_streak = 5
+    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.006]), 0.92
+    floor = None  # what is not robot, object or plate is the photograph
+
+    @cached_property
+    def folder(self) -> Path:
+        return asset_folders()["carrot"]
+
+    @cached_property
+    def objects(self) -> dict:
+        return json.loads((self.folder / "more_carrot/model_db.json").read_text())
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [entry["name"] for entry in self.objects.values()]
+
+    @cached_property
+    def sizes(self) -> list[np.ndarray]:
+        return [np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for entry in self.objects.values()]
+
+    def check_files(self):
+        """Raises Fault that names a file which is missing or not whole, and says what mends it."""
+        faults = faulty_assets()
+        if faults:
+            path, fault = next(iter(faults.items()))
+            more = f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else ""
+            raise Fault(f"assets of the pack rl4vla: {path} {fault}{more}: `python envs.py --download` fetches them")
+
+    def lens(self, size: int) -> dict:
+        """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
+        fx, fy, cx, cy = np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
+        return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
+
+    def radius(self, i: int) -> float:
+        """Radius in metres of the circle around object i seen from above."""
+        box = list(self.objects.values())[i]["bbox"]
+        return float(np.linalg.norm(np.abs([box["min"], box["max"]]).max(0)[:2]))
+
+    def plate_gap(self, i: int) -> float:
+        """RL4VLA's rule, also for long objects: one end may lie on the rim."""
+        return 0.07
+
+    def spawn_z(self, i: int, is_target: bool) -> float:
+        """RL4VLA lets objects fall."""
+        return 0.95 if is_target else 1.0
+
+    def _build(self, folder, density, builder, material):
+        builder.add_multiple_convex_collisions_from_file(str(folder / "collision.obj"), material=material, density=density)
+        (visual,) = folder.glob("textured.*")
+        builder.add_visual_from_file(str(visual))
+
+    def build_object(self, i, builder, material):
+        key, entry = list(self.objects.items())[i]
+        self._build(self.folder / "more_carrot" / key, entry["density"], builder, material)
+
+    def build_plate(self, builder, material):
+        self._build(self.folder / "more_plate/001_plate_simpler", 1003, builder, material)
+
+    def table_materials(self) -> list[RenderMaterial]:
+        return []
+
+    def photos(self, size: int) -> np.ndarray:
+        """(21, size, size, 3) uint8"""
+        from PIL import Image
+
+        files = sorted((self.folder / "more_table/imgs").glob("*.png"))
+        return np.stack([Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files])
+
+
+@register_agent()
+class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
+    """ManiSkill's WidowX250S with RL4VLA's controller: as LightPanda's, but deltas accumulate on the commanded pose."""
+
+    uid = "widowx_bridge"
+    _sensor_configs = ()
+
+    @property
+    def urdf_path(self):
+        return str(asset_folders()["data"] / "robots/widowx/wx250s.urdf")
+
+    def _after_init(self):
+        self.tcp = self.robot.links_map["ee_gripper_link"]
+
+    @property
+    def _controller_configs(self):
+        (config,) = super()._controller_configs.values()
+        config["gripper"].mimic = {"right_finger": {"joint": "left_finger"}}
+        return {"pd_ee_target_delta_pose": config}
+
+
+PACKS = {"builtin": BuiltinPack(), "rl4vla": Rl4vlaPack()}
+
+
+def find_pack(assets: str):
+    """The pack called `assets`. Raises Fault where there is none of that name, or where files of it are missing."""
+    if assets not in PACKS:
+        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    PACKS[assets].check_files()
+    return PACKS[assets]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The task
 # ----------------------------------------------------------------------------------------------------------------------
 @register_env(ENV_ID, max_episode_steps=20)
@@ -471,8 +674,8 @@ class PutOnPlate(BaseEnv):
     @property
     def _default_sensor_configs(self):  # the camera sits on a body, so that turning it is setting a pose
         return [
-            CameraConfig("camera", sapien.Pose(), self.image_size, self.image_size, self.pack.camera_fov, 0.01, 10,
-                         mount=self.camera_mount, shader_pack="minimal")
+            CameraConfig("camera", sapien.Pose(), self.image_size, self.image_size, near=0.01, far=10,
+                         mount=self.camera_mount, shader_pack="minimal", **self.pack.lens(self.image_size))
         ]  # fmt: skip
 
     @property
@@ -482,6 +685,8 @@ class PutOnPlate(BaseEnv):
     # ------------------------------------------------------------------------------------------------------ scene
     def _load_agent(self, options):
         super()._load_agent(options, self.pack.base_pose)
+        if self.pack.name == "rl4vla":
+            sapien_utils.set_articulation_render_material(self.agent.robot._objs[0], specular=0.9, roughness=0.3)
 
     def _load_scene(self, options):
         def static_box(name, half_size, at, visual=None):
@@ -493,7 +698,7 @@ class PutOnPlate(BaseEnv):
             builder.build_static(name)
 
         static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
-        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], RenderMaterial(base_color=[0.35, 0.36, 0.38, 1]))
+        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], self.pack.floor and RenderMaterial(base_color=self.pack.floor))
         builder = self.scene.create_actor_builder()
         builder.initial_pose = sapien.Pose()
         self.camera_mount = builder.build_kinematic("camera_mount")
@@ -535,6 +740,7 @@ class PutOnPlate(BaseEnv):
         self.fingers = [self.agent.finger1_link._objs[0].entity, self.agent.finger2_link._objs[0].entity]
         self.tcp_entity = self.agent.tcp._objs[0].entity
         self.plate_entity = self.plate._objs[0]
+        self.photos = self.pack.photos(self.image_size)
         self.table_now, self.shown = None, None
 
     def set_light(self, light: Light):
@@ -553,9 +759,10 @@ class PutOnPlate(BaseEnv):
         self.camera_mount._objs[0].pose = sapien_utils.look_at(eye, at).sp
 
     def set_table(self, index: int):
-        if self.table_now is not None:
-            self.table_tops[self.table_now]._objs[0].pose = sapien.Pose([0, 0, -5 - 0.1 * self.table_now])
-        self.table_tops[index]._objs[0].pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
+        if self.photos is None:
+            if self.table_now is not None:
+                self.table_tops[self.table_now]._objs[0].pose = sapien.Pose([0, 0, -5 - 0.1 * self.table_now])
+            self.table_tops[index]._objs[0].pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
         self.table_now = index
 
     # ------------------------------------------------------------------------------------------------------ episode
@@ -566,7 +773,8 @@ class PutOnPlate(BaseEnv):
             self.episode_id = int(options["episode_ids"][0])
         else:  # plain gymnasium use: reset(seed=...)
             self.episode_id = int(self._batched_episode_rng[0].randint(2**31 - 1))
-        self.episode = sample_episode(self.episode_id, options["split"] if "split" in options else "train", self.pack)
+        self.split = parse_split(options["split"] if "split" in options else "train")
+        self.episode = sample_episode(self.episode_id, self.split, self.pack)
         e, pack = self.episode, self.pack
         self.set_light(LIGHTS[e.light])
         self.set_camera(e.camera_deg)
@@ -578,7 +786,7 @@ class PutOnPlate(BaseEnv):
             body = entity.find_component_by_type(PhysxRigidDynamicComponent)
             if i in in_use:
                 xy, yaw = in_use[i]
-                entity.pose = sapien.Pose([*xy, pack.spawn_z(i)], euler2quat(0, 0, yaw))
+                entity.pose = sapien.Pose([*xy, pack.spawn_z(i, i == e.target)], euler2quat(0, 0, yaw))
             elif self.shown is None or i in self.shown:
                 entity.pose = self._parked(i)
             else:
@@ -586,7 +794,7 @@ class PutOnPlate(BaseEnv):
             body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
             entity.find_component_by_type(RenderBodyComponent).visibility = float(i in in_use)
         self.shown = set(in_use)
-        self.plate_entity.pose = sapien.Pose([*e.plate_xy, TABLE_Z + 0.008])
+        self.plate_entity.pose = sapien.Pose([*e.plate_xy, pack.plate_spawn_z])
         plate_body = self.plate_entity.find_component_by_type(PhysxRigidDynamicComponent)
         plate_body.linear_velocity, plate_body.angular_velocity = np.zeros(3), np.zeros(3)
 
@@ -595,6 +803,10 @@ class PutOnPlate(BaseEnv):
         self.agent.reset(init_qpos=pack.init_qpos)
         for _ in range(int(0.3 * pack.sim_freq)):
             self.scene.step()
+        bodies = [self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent) for i in in_use]
+        if pack.name == "rl4vla" and max(np.linalg.norm(body.linear_velocity) for body in bodies) > 0.01:
+            for _ in range(pack.sim_freq):
+                self.scene.step()
         self.agent.robot.set_pose(pack.base_pose)
         self.agent.reset(init_qpos=pack.init_qpos)
 
@@ -662,7 +874,10 @@ class PutOnPlate(BaseEnv):
         """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W) int16."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.camera.take_picture()
-        return self.camera.get_picture("Color")[..., :3], self.camera.get_picture("PositionSegmentation")[..., 3]
+        rgb, ids = self.camera.get_picture("Color")[..., :3], self.camera.get_picture("PositionSegmentation")[..., 3]
+        if self.photos is not None:
+            rgb = np.where(ids[..., None] == 0, self.photos[self.table_now], rgb)
+        return rgb, ids
 
     def foreground(self, ids: np.ndarray) -> np.ndarray:
         """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the plate."""
@@ -675,11 +890,10 @@ class PutOnPlate(BaseEnv):
 # ----------------------------------------------------------------------------------------------------------------------
 # N environments over worker processes
 # ----------------------------------------------------------------------------------------------------------------------
-def _layout(n: int, size: int, alter: bool):
+def _layout(n: int, size: int, views):
     """Name, shape and dtype of every array that the workers and the main process share."""
     fields = [("rgb", (n, size, size, 3), np.uint8), ("mask", (n, size, size), np.bool_), ("state", (n, 8), np.float32)]
-    if alter:
-        fields.append(("rgb_alt", (n, size, size, 3), np.uint8))
+    fields += [(name, (n, size, size, 3), np.uint8) for name in views]
     return fields + [("reward", (n,), np.float32), ("success", (n,), np.bool_), ("success_once", (n,), np.bool_),
                      ("grasped", (n,), np.bool_), ("episode_return", (n,), np.float32)]  # fmt: skip
 
@@ -698,8 +912,7 @@ def _padded(shape, dtype) -> int:
 
 def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
     """One bare environment in this process."""
-    if assets not in PACKS:
-        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    find_pack(assets)
     try:
         env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=1, sim_backend="cpu", render_backend="cpu",
                        pack=assets, image_size=image_size)  # fmt: skip
@@ -717,8 +930,8 @@ def _worker(conn_fd: int, memory_fd: int):
     conn = Connection(conn_fd)
     try:
         setup = conn.recv()
-        alter = _resolve(setup["alter"]) if setup["alter"] else None
-        layout = _layout(setup["total"], setup["image_size"], alter is not None)
+        views = {name: _resolve(reference) for name, reference in setup["views"].items()}
+        layout = _layout(setup["total"], setup["image_size"], views)
         arrays = _map_arrays(mmap.mmap(memory_fd, 0), layout)
         envs = [make_env(setup["assets"], setup["image_size"]) for _ in setup["slots"]]
         conn.send(("ok", None))
@@ -727,9 +940,9 @@ def _worker(conn_fd: int, memory_fd: int):
             arrays["rgb"][slot], ids = env.picture()
             arrays["mask"][slot] = env.foreground(ids)
             arrays["state"][slot] = env.state()
-            if alter is not None:
-                rng = np.random.default_rng([setup["alter_seed"], env.episode_id, env.elapsed])
-                arrays["rgb_alt"][slot] = alter(env, rng)
+            for name, view in views.items():
+                draw = [setup["alter_seed"], env.episode_id, env.elapsed] + [1] * (name == "rgb_pre")
+                arrays[name][slot] = view(env, np.random.default_rng(draw))
 
         while True:
             command, argument = conn.recv()
@@ -776,14 +989,14 @@ def _resolve(reference):
 class VecEnv:
     """N environments in worker processes, all at the same step of their episodes. Made by `make_envs`."""
 
-    def __init__(self, num_envs, assets, image_size, num_workers, alter):
+    def __init__(self, num_envs, assets, image_size, num_workers, views):
         pack = PACKS[assets]
         self.num_envs, self.assets = num_envs, assets
         self.image_size, self.max_episode_steps = image_size or pack.image_size, pack.max_episode_steps
         self.instructions: list[str] = []
         self.elapsed = 0
-        self.alter = alter is not None
-        layout = _layout(num_envs, self.image_size, self.alter)
+        self._pictures = ["rgb", "mask", "state", *views]
+        layout = _layout(num_envs, self.image_size, views)
         shared = tempfile.TemporaryFile()
         shared.truncate(sum(_padded(shape, dtype) for _, shape, dtype in layout))
         self._arrays = _map_arrays(mmap.mmap(shared.fileno(), 0), layout)
@@ -798,7 +1011,7 @@ class VecEnv:
             theirs.close()
             self._workers.append((process, Connection(ours.detach())))
             setup = dict(assets=assets, image_size=self.image_size, slots=slots, total=num_envs,
-                         alter=_reference(alter) if self.alter else None)  # fmt: skip
+                         views={name: _reference(view) for name, view in views.items()})  # fmt: skip
             self._workers[-1][1].send(setup)
         shared.close()
         self._gather()
@@ -838,8 +1051,7 @@ class VecEnv:
         raise Fault(f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost")
 
     def _observe(self) -> dict:
-        names = ("rgb", "mask", "state", "rgb_alt") if self.alter else ("rgb", "mask", "state")
-        return {name: torch.from_numpy(self._arrays[name].copy()) for name in names}
+        return {name: torch.from_numpy(self._arrays[name].copy()) for name in self._pictures}
 
     def reset(self, episode_ids, split="train", exact: bool = False, alter_seed: int = 0) -> dict:
         """Start one episode per environment.
@@ -848,9 +1060,10 @@ class VecEnv:
             episode_ids: N ints. split: one name for all, or N names.
             exact: rebuild the scenes (0.2 s each), so that the episode does not depend on what was simulated before, to
                 the last bit. Without it states differ by about 1e-8. Evaluation uses it, training does not.
-            alter_seed: seeds the task-altering perturbations together with episode id and step.
+            alter_seed: seeds what the rendered views draw, together with episode id and step.
         Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq. (5)), state (N, 8)
-            float32, and with `alter` rgb_alt (N, H, W, 3) uint8. `self.instructions` holds N sentences.
+            float32, with `alter` rgb_alt and with `preserve` rgb_pre (N, H, W, 3) uint8. `self.instructions` holds N
+            sentences.
         """
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         for name in set(splits):
@@ -907,20 +1120,21 @@ class VecEnv:
         self.close()
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None) -> VecEnv:
+def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None) -> VecEnv:
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core).
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
-        alter: a function (env, numpy Generator) -> (H, W, 3) uint8, e.g. views.task_altering: rendered at every look.
+        alter, preserve: functions (env, numpy Generator) -> (H, W, 3) uint8 from views.py, rendered at every look: they
+            add rgb_alt and rgb_pre to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
     """
     if num_envs < 1:
         raise Fault(f"--num-envs is {num_envs}: it must be at least 1")
-    if assets not in PACKS:
-        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    find_pack(assets)
     cores = len(os.sched_getaffinity(0))
-    return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), alter)
+    views = {name: view for name, view in (("rgb_alt", alter), ("rgb_pre", preserve)) if view is not None}
+    return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), views)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -933,7 +1147,9 @@ class Args:
     gallery: str | None = None
     """PNG file to draw a contact sheet in: every split, and the pair of views with its mask"""
     assets: str = "builtin"
-    """asset pack"""
+    """asset pack: builtin or rl4vla"""
+    download: bool = False
+    """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and started again"""
 
 
 INSTALL = (
@@ -959,8 +1175,7 @@ def probe(assets: str):
 
 def check(assets: str):
     """Preflight: prints what is here. Raises Fault with what to install where no picture comes out."""
-    if assets not in PACKS:
-        raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
+    find_pack(assets)
     names = ("torch", "mani_skill", "sapien", "transformers")
     print("python", sys.version.split()[0], *(f"| {name} {version(name)}" for name in names))
     gigabyte = 1e9
@@ -1064,8 +1279,10 @@ def gallery(file: str, assets: str, tile: int = 224):
 
 
 def main(args: Args):
-    if not args.check and args.gallery is None:
-        raise Fault("nothing to do: say --check or --gallery FILE.png")
+    if not args.check and not args.download and args.gallery is None:
+        raise Fault("nothing to do: say --check, --download or --gallery FILE.png")
+    if args.download:
+        download()
     if args.check:
         check(args.assets)
     if args.gallery is not None:

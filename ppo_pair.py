@@ -116,7 +116,14 @@ class Args:
 
     # Algorithm specific arguments. None: the backbone's value in TABLE_3
     assets: str | None = None
-    """asset pack: builtin (nothing to download)"""
+    """asset pack: builtin (nothing to download) or rl4vla (the paper's)"""
+    pre_view: Literal["composite", "rerender", "camera"] = "composite"
+    """o_pre: Eq. (5); the same drawn anew without distractors; or (5.5) from another camera, and then training episodes
+    too have one each"""
+    camera_range: float = 15.0
+    """--pre-view camera: cameras turn by at most this many degrees in training (5.5; OPEN: the number is lost in our text)"""
+    camera_step: float = 5.0
+    """--pre-view camera: in steps of this many degrees (5.5; OPEN: likewise)"""
     iterations: int | None = None
     """number of rollouts, each followed by an update ("RL train steps", Table 3)"""
     num_envs: int | None = None
@@ -159,6 +166,10 @@ class Args:
     """eps_sen of Eq. (3) (Table 3)"""
 
 
+def train_split(args) -> str:
+    return f"camera+-{args.camera_range:g}:{args.camera_step:g}" if args.pre_view == "camera" else "train"
+
+
 def gae(rewards, values, dones, gamma, gae_lambda):
     """Advantages and returns. rewards, dones (T, N): of step t, and whether the episode ended with it; values (T + 1, N)."""
     advantages = torch.zeros_like(rewards)
@@ -192,9 +203,10 @@ def rollout(args, policy, envs, episode_ids, device):
     batch: obs (dict of (B, ...)), instructions (B str), latents, logprobs, values, advantages, returns (B,), B = T * N
     decisions. Advantages are normalised over all of it. episode_ids: an iterator over fresh ids.
     """
+    split = train_split(args)
     obs, instructions, latents, logprobs, values, rewards, dones, successes = [], [], [], [], [], [], [], []
     for _ in range(args.num_steps // envs.max_episode_steps):
-        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], "train", alter_seed=args.seed)
+        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], split, alter_seed=args.seed)
         done = torch.tensor([False])
         while not done.all():
             next_obs = {k: v.to(device) for k, v in next_obs.items()}
@@ -279,7 +291,8 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                 stats = dict(pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy, clipfrac=(ratio - 1).abs() > args.clip_coef,
                              approx_kl=ratio - 1 - (new.logprob - oldlogprob))  # fmt: skip
                 if args.inv_coef and not value_only:
-                    rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds)
+                    composite = args.pre_view == "composite"
+                    rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds) if composite else obs["rgb_pre"]
                     with torch.no_grad():
                         pre = policy.evaluate({**obs, "rgb": rgb_pre}, instructions, latent)
                     # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
@@ -375,6 +388,7 @@ def main(args: Args):
     for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every"):
         if getattr(args, name) < 1:
             raise sim.Fault(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    sim.parse_split(train_split(args))  # is --camera-range possible?
     run_dir = Path(args.run_dir or f"runs/{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
     args.run_dir = str(run_dir)
     try:
@@ -418,11 +432,16 @@ def main(args: Args):
     reference = None  # the first measured KLs: inv_kl, sen_kl, unrelated_kl
     checkpoint = None
 
-    with sim.make_envs(args.num_envs, args.assets, image_size=policy.image_size,
-                       alter=views.task_altering if args.sen_coef else None) as envs:  # fmt: skip
+    with sim.make_envs(
+        args.num_envs,
+        args.assets,
+        image_size=policy.image_size,
+        alter=views.task_altering if args.sen_coef else None,
+        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
+    ) as envs:
         if args.num_steps % envs.max_episode_steps:
             raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
-        backgrounds = views.backgrounds(envs).to(device) if args.inv_coef else None
+        backgrounds = views.backgrounds(envs).to(device) if args.inv_coef and args.pre_view == "composite" else None
         obs = {k: v.to(device) for k, v in envs.reset(range(args.num_envs)).items()}
         check_sight(policy, obs, envs.instructions)
         for iteration in tqdm(range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations):

@@ -96,6 +96,29 @@ def task_altering(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
         return env.picture()[0]
 
 
+def rerendered(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
+    """o_pre without a composite's bites: (H, W, 3) uint8, drawn with the distractors hidden and a table of the training set."""
+    with hidden(env.objects[i]._objs[0] for i in env.episode.distractors):
+        env.set_table(int(rng.integers(16)))
+        picture = env.picture()[0]
+    env.set_table(env.episode.table)
+    return picture
+
+
+def other_camera(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
+    """o_pre of section 5.5: (H, W, 3) uint8, the same state from another camera of the split's."""
+    others = [degrees for degrees in env.split.cameras if degrees != env.episode.camera_deg]
+    mount = env.camera_mount._objs[0]
+    before = mount.pose  # not exactly the one it was given: PhysX normalises the quaternion
+    env.set_camera(float(rng.choice(others)))
+    picture = env.picture()[0]
+    mount.pose = before
+    return picture
+
+
+RENDERED = dict(composite=None, rerender=rerendered, camera=other_camera)  # --pre-view -> what the environments draw for it
+
+
 def task_preserving(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor, generator=None) -> torch.Tensor:
     """o_pre for a batch: rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
 
