@@ -142,53 +142,60 @@ def fused_attention():
         torch.nn.functional.scaled_dot_product_attention = kept
 
 
-def passes(policy, count):
-    """The calls of which rollout and update consist, on `count` samples, by name. As in ppo_pair.update: o with gradient,
-    o_pre without, o_alt with (no sample at the clip: the costliest case)."""
+def calls(policy, count):
+    """What rollout and update consist of, on `count` samples: act, and evaluate."""
     obs, instructions = random_obs(policy, count, policy.device)
     latent = torch.zeros(count, 7, dtype=torch.long, device=policy.device) + policy.action_begin
-
-    def evaluate():
-        return policy.evaluate(obs, instructions, latent)
-
-    def backward(pair):
-        new = evaluate()
-        loss = new.logprob + new.value
-        if pair:
-            with torch.no_grad():
-                pre = evaluate().dist
-            loss = loss + policy.kl(new.dist, pre) - policy.kl(new.dist, evaluate().dist)
-        loss.sum().backward()
-        policy.zero_grad()
 
     def act():  # policy.act without turning tokens into actions, which needs data
         policy.decode(policy.preprocess(obs["rgb"]), *policy.tokenize(instructions), temperature=1.0)
 
-    return dict(act=act, forward=torch.no_grad()(evaluate),
-                ppo=lambda: backward(False), pair=lambda: backward(True))  # fmt: skip
+    return act, lambda: policy.evaluate(obs, instructions, latent)
 
 
 def flops(policy):
-    """FLOPs per sample: act, forward, ppo (forward and backward), pair (twice that and a forward)."""
-    found = {}
-    for name, call in passes(policy, 1).items():
-        if name != "pair":
-            with FlopCounterMode(display=False) as counter:
-                call()
-            found[name] = counter.get_total_flops()
-    return found | dict(pair=2 * found["ppo"] + found["forward"])
+    """FLOPs per sample: forward, which is act's as well (as many positions, the last ones singly), ppo = forward and
+    backward, pair = that twice, for o and o_alt (no sample at the clip), and a forward for o_pre."""
+    _, evaluate = calls(policy, 1)
+    with FlopCounterMode(display=False) as counter:
+        new = evaluate()
+        forward = counter.get_total_flops()
+        (new.logprob + new.value).sum().backward()
+    policy.zero_grad()
+    return dict(forward=forward, ppo=counter.get_total_flops(), pair=2 * counter.get_total_flops() + forward)
 
 
-def peak_memory(policy, name, counts=(2, 4)):
-    """Bytes of `passes`' call: (fixed, per sample). Gradients are in it, weights are not."""
+def per_sample(count_1, count_2, bytes_1, bytes_2):
+    """-> (fixed, per sample)"""
+    each = (bytes_2 - bytes_1) / (count_2 - count_1)
+    return bytes_1 - each * count_1, each
+
+
+def memory_of_act(policy, counts=(2, 4)):
+    """Bytes at the peak: (fixed, per sample). Weights are not in it."""
     peaks = []
     for count in counts:
-        call = passes(policy, count)[name]
+        act, _ = calls(policy, count)
         with PeakMemory() as memory, fused_attention():
-            call()
+            act()
         peaks.append(memory.peak)
-    each = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
-    return peaks[0] - each * counts[0], each
+    return per_sample(*counts, *peaks)
+
+
+def memory_of_update(policy, counts=(2, 4)):
+    """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair. The backward pass of pair starts with
+    the graphs of both o and o_alt."""
+    peaks = dict(ppo=[], pair=[])
+    for count in counts:
+        _, evaluate = calls(policy, count)
+        with PeakMemory() as memory, fused_attention():
+            new = evaluate()
+            graph = memory.alive
+            (new.logprob + new.value).sum().backward()
+        policy.zero_grad()
+        peaks["ppo"].append(memory.peak)
+        peaks["pair"].append(memory.peak + graph)
+    return {name: per_sample(*counts, *found) for name, found in peaks.items()}
 
 
 # ------------------------------------------------------------------------------------------------ derived
@@ -197,11 +204,10 @@ def derive(backbone="openvla", lora_rank=32):
     policy = random_policy(backbone, "meta", torch.bfloat16, lora_rank)
     table = ppo_pair.TABLE_3[backbone]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    found = dict(flops=flops(policy), act=peak_memory(policy, "act"))
+    found = dict(flops=flops(policy), act=memory_of_act(policy))
     for recompute in (True, False):
         policy.gradient_checkpointing = recompute
-        for name in ("ppo", "pair"):
-            found[name, recompute] = peak_memory(policy, name)
+        found |= {(name, recompute): memory for name, memory in memory_of_update(policy).items()}
     pixels = policy.image_size**2 * 7  # rgb, rgb_alt, mask
     return found | dict(
         weights=sum(p.numel() * p.element_size() for p in policy.parameters()),
@@ -228,7 +234,8 @@ def derived_table(found, table):
     names = {"act": "rollout step (KV cache in it)", "ppo": "PPO", "pair": "PAIR, no sample at the clip"}
     for key, recompute in (("act", False), ("ppo", True), ("ppo", False), ("pair", True), ("pair", False)):
         each = found[key if key == "act" else (key, recompute)][1]
-        work = found["flops"][key] + recompute * found["flops"]["forward"] * (2 if key == "pair" else 1)
+        work = found["flops"]["forward" if key == "act" else key]
+        work += recompute * found["flops"]["forward"] * (2 if key == "pair" else 1)
         text = names[key] + (", gradient checkpointing" if recompute else "")
         lines.append(f"| {text} | {each / GIB:.2f} | {work / 1e12:.1f} |")
     columns = {"rollout": "act", "PPO": ("ppo", True), "PPO, nothing recomputed": ("ppo", False), "PAIR": ("pair", True),
@@ -237,8 +244,8 @@ def derived_table(found, table):
     lines += [f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |" for gpu, memory in GPU_GIB.items()]
     lines += ["", "| one iteration at 45 % of the rate | PPO | PAIR |", "|---|---|---|"]
     for gpu in ("A100", "H100"):
-        work = {name: found["flops"]["act"] + found["flops"][name] for name in ("ppo", "pair")}
-        work = {"ppo": work["ppo"] + found["flops"]["forward"], "pair": work["pair"] + 2 * found["flops"]["forward"]}
+        forward, ppo, pair = (found["flops"][name] for name in ("forward", "ppo", "pair"))
+        work = dict(ppo=2 * forward + ppo, pair=3 * forward + pair)  # the rollout, and recomputing
         minutes = {name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()}
         lines.append(f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min | {minutes['pair']:.0f} min |")
     return "\n".join(lines)
@@ -296,7 +303,7 @@ def bench(args):
     rate, source = peak_rate(device)
 
     obs, instructions = random_obs(policy, num_envs, device)
-    rows = [("rollout step", num_envs, work["act"], *measure(lambda: policy.act(obs, instructions), device, args.repeats))]
+    rows = [("rollout step", num_envs, work["forward"], *measure(lambda: policy.act(obs, instructions), device, args.repeats))]
 
     parts, decisions = [], []
     while sum(len(part["rgb"]) for part in parts) < batch_size:  # so that old and new log-probs agree, as in training

@@ -21,7 +21,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
@@ -610,11 +609,9 @@ def test_full_size_structure_and_lora_count():
     assert lora + on_dead_modules == 110_828_288  # RL4VLA's count, which adapts modules that are never used as well
 
     policy.tokenizer = lambda text: [1] * 20  # what bench_policy.py calls the floor, against sums made by hand
-    calls = bench_policy.passes(policy, 1)
+    work = bench_policy.flops(policy)
     for name, tera in (("forward", 4.09 * 1.012), ("ppo", (4.09 + 4.19) * 1.012)):  # 1.2 %: the adapters
-        with FlopCounterMode(display=False) as counter:
-            calls[name]()
-        assert abs(counter.get_total_flops() / (tera * 1e12) - 1) < 0.01
+        assert abs(work[name] / (tera * 1e12) - 1) < 0.01
 
 
 def test_peak_memory_is_what_lives_at_once():
@@ -638,10 +635,22 @@ def test_bench_policy_prints_a_table(capsys):
         "rollout step", "PPO minibatch", "PAIR minibatch, no sample at the clip", "PAIR minibatch, all samples at the clip",
     ]  # fmt: skip
     assert all(float(cell) > 0 for line in lines[1:] for cell in line[3:6])
-    kept = bench_policy.peak_memory(bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4), "ppo")[1]
-    saved = bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4)
-    saved.gradient_checkpointing = True
-    assert bench_policy.peak_memory(saved, "ppo")[1] < 0.7 * kept
+
+
+def test_derived_memory():
+    """Of shapes alone; PAIR against a pass with both graphs."""
+    policy = bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4)
+    fixed, each = bench_policy.memory_of_update(policy)["pair"]
+    _, evaluate = bench_policy.calls(policy, 8)
+    with bench_policy.PeakMemory() as memory, bench_policy.fused_attention():
+        policy.kl(evaluate().dist, evaluate().dist).sum().backward()
+    assert abs(memory.peak / (fixed + 8 * each) - 1) < 0.05
+    policy.gradient_checkpointing = True
+    assert bench_policy.memory_of_update(policy)["pair"][1] < 0.7 * each
+    text = policy.config["text_config"]
+    length = 36 + 20 + 6  # patches, prompt, actions but the last
+    cache = 2 * 4 * text["num_hidden_layers"] * text["hidden_size"] * length
+    assert cache < bench_policy.memory_of_act(policy)[1] < 20 * cache
 
 
 # ---------------------------------------------------------------------------------------- files
