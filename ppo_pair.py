@@ -44,7 +44,7 @@ TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
-        lora_rank=32, gradient_checkpointing=True, device_batch_size=40, max_grad_norm=10.0,
+        lora_rank=32, gradient_checkpointing=True, device_batch_size=128, max_grad_norm=10.0,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
@@ -54,7 +54,7 @@ TABLE_3 = {
     "pi05": dict(
         assets="rl4vla", iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, learning_rate=7.91e-6,
         value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, critic_warmup=0, target_kl=0.0,
-        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=32, max_grad_norm=1.0,
+        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160, max_grad_norm=1.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
     "pi05-tiny": dict(
@@ -133,7 +133,7 @@ class Args:
     batch_size: int | None = None
     """decisions per optimizer step ("Global batch size", Table 3)"""
     device_batch_size: int | None = None
-    """decisions per forward pass; the gradient does not depend on it (it is accumulated), memory does"""
+    """decisions per forward pass, in the rollout and in the update; neither gradients (accumulated) nor results depend on it"""
     update_epochs: int | None = None
     """passes over each rollout (Table 3)"""
     learning_rate: float | None = None
@@ -210,7 +210,7 @@ def rollout(args, policy, envs, episode_ids, device):
         done = torch.tensor([False])
         while not done.all():
             next_obs = {k: v.to(device) for k, v in next_obs.items()}
-            decision = policy.act(next_obs, envs.instructions)
+            decision = act(policy, next_obs, envs.instructions, args.device_batch_size)
             obs.append(next_obs)
             instructions += envs.instructions
             latents.append(decision.latent)
@@ -240,6 +240,15 @@ def rollout(args, policy, envs, episode_ids, device):
         explained_variance=(1 - error.var() / y.var()).item() if y.var() > 0 else float("nan"),
     )
     return batch, stats
+
+
+def act(policy, obs, instructions, size):
+    """policy.act for at most `size` observations at a time: the keys and values of all may not fit into memory."""
+    parts = [
+        policy.act({k: v[i : i + size] for k, v in obs.items()}, instructions[i : i + size])
+        for i in range(0, len(instructions), size)
+    ]
+    return policies.Decision(*(torch.cat(part) for part in zip(*parts)))
 
 
 def kl_to_altered(policy, dist, obs, instructions, latent, clip):
@@ -340,6 +349,7 @@ def unrelated_kl(policy, batch, n=64):
 @torch.no_grad()
 def check_sight(policy, obs, instructions):
     """A policy that does not see acts without any error (OpenVLA on newer transformers did): stop before it trains."""
+    obs, instructions = {k: v[:4] for k, v in obs.items()}, instructions[:4]  # a few will do
     latent = policy.act(obs, instructions).latent
     black, white = (
         policy.evaluate({**obs, "rgb": torch.full_like(obs["rgb"], v)}, instructions, latent).dist for v in (0, 255)

@@ -157,6 +157,20 @@ def test_the_gradient_does_not_depend_on_the_device_batch(device_batch_size):
     assert distance(moved[1], moved[0]) < 1e-4  # of a difference of float32 weights; of the weights themselves 1e-8
 
 
+def test_the_rollout_does_not_depend_on_the_device_batch():
+    """Sampled tokens may (the generator is asked in another order), log-probs and values of the same tokens may not."""
+    policy = toy_policy_with_seed()
+    obs = Toy(8).look()
+    whole = ppo_pair.act(policy, obs, ["put red cube on plate"] * 8, 8)
+    parts = ppo_pair.act(policy, obs, ["put red cube on plate"] * 8, 3)
+    assert [x.shape for x in parts] == [x.shape for x in whole] and len(parts.value) == 8
+    torch.testing.assert_close(parts.value, whole.value, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        again = policy.evaluate(obs, ["put red cube on plate"] * 8, parts.latent)
+    torch.testing.assert_close(parts.logprob, again.logprob, atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts.actions[:, 0].double(), policy.env_action(parts.latent), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("below", [0, 3, 9, 11, 16])
 def test_samples_at_the_sensitivity_clip_cost_no_backward_pass(below, monkeypatch):
     """Gradients are those of the plain formula, and the passes that are counted are never far from the fewest possible."""
