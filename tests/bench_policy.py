@@ -166,12 +166,12 @@ def flops(policy):
 
 
 def per_sample(count_1, count_2, bytes_1, bytes_2):
-    """-> (fixed, per sample)"""
+    """-> (fixed, per sample). Counts of samples so large that what grows with them makes the peak, and not the gradients."""
     each = (bytes_2 - bytes_1) / (count_2 - count_1)
     return bytes_1 - each * count_1, each
 
 
-def memory_of_act(policy, counts=(2, 4)):
+def memory_of_act(policy, counts=(32, 64)):
     """Bytes at the peak: (fixed, per sample). Weights are not in it."""
     peaks = []
     for count in counts:
@@ -182,7 +182,7 @@ def memory_of_act(policy, counts=(2, 4)):
     return per_sample(*counts, *peaks)
 
 
-def memory_of_update(policy, counts=(2, 4)):
+def memory_of_update(policy, counts=(32, 64)):
     """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair. The backward pass of pair starts with
     the graphs of both o and o_alt."""
     peaks = dict(ppo=[], pair=[])
