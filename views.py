@@ -125,6 +125,6 @@ def task_preserving(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Te
     All on one device. Where a distractor stood in front of the target the composite has a bite taken out of it: that is
     what Eq. (5) does.
     """
-    k = torch.randint(len(backgrounds), (len(rgb),), generator=generator, device=rgb.device)
+    k = torch.randint(len(backgrounds), (len(rgb),), generator=generator)  # of the CPU: the same in parts of a batch
     # Eq. (5)  o_pre = M * o + (1 - M) * b,   b ~ Uniform(background snapshots)
-    return torch.where(mask[..., None], rgb, backgrounds[k])
+    return torch.where(mask[..., None], rgb, backgrounds[k.to(rgb.device)])
