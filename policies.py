@@ -132,6 +132,13 @@ def grid_waves(count, dim):
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(1) / 2
 
 
+def strided_convs(patch_size, channels, width):
+    """A patch embedding (B, 3, S, S) -> (B, width, S / patch_size, S / patch_size) in steps of stride 2, ReLUs between."""
+    assert 2 ** (len(channels) + 1) == patch_size, "n channels make n + 1 convs, and 2**(n+1) pixels a patch"
+    convs = [m for i, o in zip([3, *channels], channels) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
+    return nn.Sequential(*convs, nn.Conv2d(channels[-1], width, 3, 2, 1))
+
+
 class ViT(nn.Module):
     """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, no final norm, as OpenVLA takes it.
 
@@ -144,9 +151,8 @@ class ViT(nn.Module):
         super().__init__()
         self.num_heads, self.num_patches = num_heads, (image_size // patch_size) ** 2
         if stem:
-            assert 2 ** (len(stem) + 1) == patch_size, "a stem of n convs and proj have stride 2**(n+1) together"
-            convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
-            patch_embed = {"stem": nn.Sequential(*convs), "proj": nn.Conv2d(stem[-1], embed_dim, 3, 2, 1)}
+            stem_and_proj = strided_convs(patch_size, stem, embed_dim)
+            patch_embed = {"stem": stem_and_proj[:-1], "proj": stem_and_proj[-1]}
         else:
             patch_embed = {"stem": nn.Identity(), "proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)}
         self.patch_embed = nn.ModuleDict(patch_embed)
@@ -527,6 +533,7 @@ class OpenVLA(nn.Module):
         """Which samples' KLs to log apart, {name: (B,) bool}: here none."""
         return {}
 
+
 # ------------------------------------------------------------------------------------------------ pi0 and pi0.5
 PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
     "image_size": 224, "patch": 14, "vis_width": 1152, "vis_depth": 27, "vis_heads": 16, "vis_mlp": 4304,
@@ -614,9 +621,7 @@ def patch_embedding(patch, width, stem):
     """(B, 3, S, S) -> (B, width, S / patch, S / patch). `stem` (output channels): strided convs do part of the way."""
     if not stem:
         return nn.Conv2d(3, width, patch, patch)
-    assert 2 ** (len(stem) + 1) == patch, "a stem of n convs and the last one have stride 2**(n+1) together"
-    convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
-    return nn.Sequential(*convs, nn.Conv2d(stem[-1], width, 3, 2, 1))
+    return strided_convs(patch, stem, width)
 
 
 class Pi0(nn.Module):

@@ -833,7 +833,7 @@ class Scripted:
 def test_chunks_by_brute_force():
     """20 steps in decisions of 6, 6, 6 and 2: gamma and lambda per decision; the last of an episode has no successor."""
     gamma, lam = 0.9, 0.8
-    args, env = ppo_pair.Args(num_steps=40, gamma=gamma, gae_lambda=lam), Counting()
+    args, env = ppo_pair.Args(num_steps=40, device_batch_size=2, gamma=gamma, gae_lambda=lam), Counting()
     batch, stats = ppo_pair.rollout(args, Scripted(), env, iter(range(4)), torch.device("cpu"))
     values, returns = batch["values"].view(2, 4, 2), batch["returns"].view(2, 4, 2)  # (episode, decision, environment)
     for e in range(2):
