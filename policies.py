@@ -270,7 +270,7 @@ def inject_lora(policy, lora_config):
 class OpenVLA(nn.Module):
     """The token policy. Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
 
-    chunk = 1  # env steps per decision
+    chunk = horizon = 1  # env steps per decision
     gradient_checkpointing = False
     detach_value = False  # True: the critic reads the trunk but does not train it
     saves_config = False  # with an adapter
@@ -502,12 +502,42 @@ class OpenVLA(nn.Module):
         unit = unit.double().cpu().clamp(-1, 1)
         return (self.action_end - torch.bucketize(unit, self._edges, right=True)).to(self.device)
 
-    def action_tokens(self, actions):
-        """(B, 7) env units -> (B, 7) ids: the labels of behaviour cloning."""
+    def to_unit(self, actions):
+        """(..., 7) env units -> (..., 7) float64 on the scale of the bins, [-1, 1]."""
         actions = actions.double().cpu()
         unit = 2 * (actions - self._q01) / (self._q99 - self._q01 + 1e-8) - 1
-        gripper = torch.where(actions > 0, self._q99, self._q01)
-        return self.bin_tokens(torch.where(self._scaled, unit, gripper))
+        return torch.where(self._scaled, unit, torch.where(actions > 0, self._q99, self._q01))
+
+    def action_tokens(self, actions):
+        """(B, 7) env units -> (B, 7) ids: the labels of behaviour cloning."""
+        return self.bin_tokens(self.to_unit(actions))
+
+    # -------------------------------------------------------------------- the interface of sft.py
+    def vision_parts(self):
+        """The modules whose outputs are the patch features (B, n, D): of each tower; last, as Llama gets them."""
+        return [*self.vision_backbone.values(), self.projector["fc3"]]
+
+    def word_embeddings(self):
+        """(vocabulary, H)."""
+        return self.language_model.model.embed_tokens.weight
+
+    def sft_loss(self, obs, instructions, unit, prompt=None, sigma=2.0, jitter=4.0):
+        """Behaviour cloning of unit (B, 1, 7) in [-1, 1] -> scalar: cross-entropy under a target that is smoothed over
+        neighbouring bins (`sigma` bins).
+
+        The model reads its own earlier tokens; in the data they are always the oracle's. `jitter` moves the ones it reads
+        by a few bins, and one in ten anywhere, so that a sampled token later finds an embedding that has been trained.
+        """
+        tokens = self.bin_tokens(unit[:, 0])
+        first, last = self.action_begin, self.action_end - 1
+        read = (tokens + (torch.randn(tokens.shape, device=self.device) * jitter).round().long()).clamp(first, last)
+        if jitter:
+            anywhere = torch.rand(tokens.shape, device=self.device) < 0.1
+            read = torch.where(anywhere, torch.randint_like(tokens, first, last + 1), read)
+        logits = self.action_logits(self.preprocess(obs["rgb"]), *self.tokenize(instructions, prompt), read)  # (B, 7, 256)
+        distance = (tokens - first)[..., None] - torch.arange(logits.shape[-1], device=self.device)
+        target = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)
+        return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
     # -------------------------------------------------------------------- the interface of ppo_pair.py
     @torch.no_grad()
@@ -583,6 +613,11 @@ class Prefix(NamedTuple):
     hidden: torch.Tensor  # (B, P, W) after the final norm; rows of padding mean nothing
     mask: torch.Tensor  # (B, P) bool: False is padding
     kv: Recorder  # per layer: keys and values (B, kv_heads, P, head_dim)
+
+    def take(self, inds):
+        """The rows `inds` (n,) of the batch."""
+        mask = self.mask[inds.to(self.mask.device)]
+        return Prefix(self.hidden[inds], mask, Recorder({i: (k[inds], v[inds]) for i, (k, v) in self.kv.items()}))
 
     def update(self, k, v, layer_idx):
         """The action expert's cache: its own keys behind the VLM's. Nothing is stored, so it serves any number of steps."""
@@ -1015,20 +1050,48 @@ class Pi0(nn.Module):
         center, scale = self._stats("actions", self.config["action_env_dim"])
         return x[..., : len(center)].double().cpu() * scale + center
 
+    def to_unit(self, actions):
+        """(..., 7) env units -> (..., 7) float64 on the model's scale."""
+        return self.normalize("actions", actions)[..., : actions.shape[-1]]
+
     def env_action(self, x):
         """Actions of the model (B, H, D) -> the chunk to execute (B, chunk, 7) float32: metres, radians, gripper -1/+1."""
         actions = self.unnormalize(x[:, : self.chunk])
         actions[..., 6] = torch.where(actions[..., 6] > self.config["gripper_threshold"], 1.0, -1.0)
         return actions.float().to(x.device)
 
+    # -------------------------------------------------------------------- the interface of sft.py
+    def vision_parts(self):
+        """The modules whose outputs are the patch features (B, n, D): of the tower; as Gemma gets them."""
+        model = self.paligemma_with_expert["paligemma"]["model"]
+        return [model["vision_tower"]["vision_model"]["post_layernorm"], model["multi_modal_projector"]["linear"]]
+
+    def word_embeddings(self):
+        """(vocabulary, W)."""
+        return self.paligemma_with_expert["paligemma"]["lm_head"].weight
+
+    def sft_loss(self, obs, instructions, unit, prompt=None, draws=4, **of_tokens):
+        """Flow matching (openpi) of unit (B, H, 7) -> scalar. A chunk shorter than H is filled up with its last row.
+
+        t = 0.999 Beta(1.5, 1) + 0.001: more often near noise. `draws` noises per observation share its prefix, which is
+        nearly all of the work. of_tokens: what only a token policy needs.
+        """
+        prefix, state = self._observe(obs, instructions, prompt)
+        unit = torch.cat([unit, unit[:, -1:].expand(-1, self.horizon - unit.shape[1], -1)], 1)
+        actions = F.pad(unit, (0, self.config["action_dim"] - unit.shape[-1])).float().to(self.device)
+        inds = torch.arange(len(actions), device=self.device).repeat(draws)
+        noise = torch.randn(len(inds), *actions.shape[1:], device=self.device)
+        t = 0.999 * torch.distributions.Beta(1.5, 1.0).sample((len(inds),)).to(self.device) + 0.001
+        return self.flow_loss(prefix.take(inds), None if state is None else state[inds], actions[inds], noise, t).mean()
+
     # -------------------------------------------------------------------- the interface of ppo_pair.py
-    def _observe(self, obs, instructions):
+    def _observe(self, obs, instructions, prompt=None):
         """-> Prefix, state (B, D) or None."""
         state = self.normalize("state", obs["state"]).float().to(self.device) if self.reads_state else None
         in_prompt = state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
         there = torch.ones(len(images), 1, dtype=torch.bool)
-        return self.prefix(images, there, *self.tokenize(instructions, state=in_prompt)), state
+        return self.prefix(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
 
     @torch.no_grad()
     def act(self, obs, instructions, temperature=None):

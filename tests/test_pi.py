@@ -434,8 +434,7 @@ def test_act_and_evaluate_agree(policy, obs, steps):
     prefix, state = policy._observe(obs, TASKS)
     k, expected = decision.latent[:, -1, 0, 0].long(), torch.zeros(3)
     for b in range(3):
-        kv = {i: (keys[b : b + 1], values[b : b + 1]) for i, (keys, values) in prefix.kv.items()}
-        one = policies.Prefix(prefix.hidden[b : b + 1], prefix.mask[b : b + 1], policies.Recorder(kv))
+        one = prefix.take(torch.tensor([b]))
         for i in range(m):
             x, after = decision.latent[b : b + 1, i], decision.latent[b : b + 1, i + 1]
             v = policy.velocity(one, None if state is None else state[b : b + 1], x, 1 - (k[b].item() + i) / 4)
@@ -561,6 +560,23 @@ def test_prompts_are_padded_on_the_right(policy):
     assert tokens[0, :6].tolist() == policy.tokenizer("put can on plate <out>")
     state = torch.zeros(2, 8)
     assert policy.config["prompt"] and torch.equal(policy.tokenize(TASKS[:2], state=state)[0], policy.tokenize(TASKS[:2])[0])
+
+
+def test_flow_matching_loss(policy, obs, monkeypatch):
+    """The mean over draws, steps and dimensions of |v - (noise - action)|^2 at x_t = t noise + (1 - t) action; t near noise."""
+    seen, real = [], policies.Pi0.flow_loss
+    monkeypatch.setattr(policies.Pi0, "flow_loss", lambda *a: seen.append((a, real(*a))) or seen[-1][1])
+    unit = torch.linspace(-1, 1, 3 * 5 * 7, dtype=torch.float64).reshape(3, 5, 7)
+    loss = policy.sft_loss(obs, TASKS, unit, draws=400)
+    (_, prefix, state, actions, noise, t), errors = seen[0]
+    assert loss == errors.mean() and errors.shape == (1200, 8, 32)
+    expected = torch.cat([unit, unit[:, -1:].expand(-1, 3, -1)], 1).float()
+    torch.testing.assert_close(actions[:3, :, :7], expected)
+    assert not actions[..., 7:].any() and torch.equal(actions[:3], actions[-3:])
+    assert t.min() > 0.001 and t.max() <= 1.0 and abs(t.mean() - 0.6) < 0.02 and abs((t < 0.5).float().mean() - 0.5**1.5) < 0.05
+    b, x = 7, t[7] * noise[7] + (1 - t[7]) * actions[7]
+    v = policy.velocity(prefix.take(torch.tensor([b])), None if state is None else state[b : b + 1], x[None], t[b])
+    torch.testing.assert_close(errors[b], (v[0] - (noise[b] - actions[b])) ** 2, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ full size, on paper
