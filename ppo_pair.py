@@ -58,7 +58,7 @@ TABLE_3 = {
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
     "pi05-tiny": dict(
-        assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=4, learning_rate=1e-4,
+        assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=4, learning_rate=2e-5,
         value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, critic_warmup=3, target_kl=0.04,
         detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
