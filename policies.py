@@ -948,6 +948,7 @@ class Pi0(nn.Module):
             mean, std = self.transition(latent[:, i], self.action_out_proj(hidden), k + i, self.num_steps)
             means.append(mean[:, :chunk, :dims])
             stds.append(std[:, :chunk, :dims])
+            # DEVIATION: pi0's V at the stochastic step, also in the rollout, where RLinf takes the mean over all steps.
             values.append(None if self.pi05 else self._value(hidden.mean(1)))
         value = self.prefix_value(prefix) if self.pi05 else torch.stack(values).mean(0)
         return torch.stack([torch.stack(means, 1), torch.stack(stds, 1)], 1), value
@@ -1106,6 +1107,7 @@ class Pi0(nn.Module):
         if temperature is not None:
             x = self.ode(prefix, state, noise * (temperature > 0), n)
             return Decision(self.env_action(x), None, None, None)
+        # DEVIATION: each sample draws its own step; RLinf draws one per batch, so that an update sees few of them.
         m = n if self.config["sde_steps"] == "all" else 1
         k = torch.randint(n - m + 1, (b, 1), device=self.device)
         visited = k + torch.arange(m + 1, device=self.device)  # (B, m + 1) places in the chain
@@ -1132,7 +1134,7 @@ class Pi0(nn.Module):
         """KL(p || q) of two Evaluation.dist at the same latent, MEAN over transitions, executed steps, dimensions -> (B,).
 
         Both have the same std, so it is (mean - mean')^2 / (2 std^2) per element.
-        """
+        """  # OPEN: a mean, as for tokens; summed over 35 elements it would be at the paper's clip 0.08 almost always
         return (((p[:, 0] - q[:, 0]) / p[:, 1]) ** 2 / 2).mean((1, 2, 3))
 
     def groups(self, latent):
