@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/pair/final                         # all splits, 128 episodes each
     python evaluate.py --checkpoint runs/pair/final --splits train clutter-8 --num-episodes 32 --video 4
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/pair/final    # the same files, sooner
     python evaluate.py --compare runs/ppo/final/eval runs/pair/final/eval   # paired difference, B minus A
 
 Writes `episodes.jsonl` (one JSON object per episode) and `table.md` into `<checkpoint>/eval`, or `--out`.
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
@@ -76,14 +78,17 @@ def noise_seed(seed: int, split: str, batch: int) -> int:
 
 
 def evaluate(
-    policy, envs, split, episode_ids, temperature, video_dir=None, num_videos=0, seed=0, bar=None
+    policy, envs, split, episode_ids, temperature, video_dir=None, num_videos=0, seed=0, bar=None, rank=0, world=1
 ) -> list[dict]:
     """Run each episode once; one record per episode, in the order of `episode_ids`. `bar`: a tqdm that counts episodes.
 
+    Of `world` ranks each plays every world-th batch; together their records are those of one.
     The caller's random state is the same afterwards: a training run with evaluations inside equals one without.
     """
     records = []
     for batch, first in enumerate(range(0, len(episode_ids), envs.num_envs)):
+        if batch % world != rank:
+            continue
         ids = list(episode_ids[first : first + envs.num_envs])
         # All environments step together: the last batch is filled up with repeated ids, whose records are dropped.
         padded = [ids[i % len(ids)] for i in range(envs.num_envs)]
@@ -115,7 +120,7 @@ def evaluate(
                     "sum_reward": float(info["episode_return"][i]),  # the return, under LeRobot's name
                 }
             )
-        for i, record in enumerate(records[first : first + num_filmed]):
+        for i, record in enumerate(records[-len(ids) :][:num_filmed]):
             outcome = "success" if record["success_once"] else "failure"
             write_video(Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4", [frame[i] for frame in frames])
         if bar is not None:
@@ -297,6 +302,16 @@ def read_records(path: str | Path) -> list[dict]:
     return list(records.values())
 
 
+def collective(function, *args) -> None:
+    """A torch.distributed call, where there are several ranks; when one has died, the others end with a sentence."""
+    if dist.is_initialized():
+        try:
+            function(*args)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:100]
+            raise Fault(f"another rank ended, so rank {dist.get_rank()} does too ({reason})") from None
+
+
 def check_args(args: Args) -> None:
     """A wrong flag gets its sentence here, before anything slow starts."""
     if not args.checkpoint:
@@ -341,34 +356,47 @@ def main(args: Args) -> None:
     out = Path(args.out or Path(args.checkpoint) / "eval")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "probe", "")
-        os.remove(out / "probe")
+        probe = out / f"probe{os.getpid()}"  # of this rank
+        write_text(probe, "")
+        os.remove(probe)
     except OSError as error:
         raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
 
     from policies import DTYPES, PolicyError, load_policy  # here, because it takes seconds and every typo is answered above
 
-    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
-    records = []
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda and torch.cuda.is_available() else "cpu"
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
+        dist.init_process_group("gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    records, total = [], len(args.splits) * len(args.seeds) * args.num_episodes
     try:
         policy = load_policy(backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]])
         num_envs = min(args.num_envs, args.num_episodes)
         with (
-            make_envs(num_envs, assets, image_size=policy.image_size) as envs,
-            tqdm(total=len(args.splits) * len(args.seeds) * args.num_episodes, unit="episode") as bar,
+            make_envs(num_envs, assets, image_size=policy.image_size, num_workers=workers) as envs,
+            tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
         ):
             for split in args.splits:
                 for seed in args.seeds:
                     ids = eval_episode_ids(args.num_episodes, seed)
                     videos = args.video if seed == args.seeds[0] else 0
-                    records += evaluate(policy, envs, split, ids, args.temperature, out / "videos", videos, seed, bar)
+                    parts = [None] * world
+                    parts[rank] = evaluate(
+                        policy, envs, split, ids, args.temperature, out / "videos", videos, seed, bar, rank, world
+                    )
+                    collective(dist.all_gather_object, parts, parts[rank])
+                    records += sorted(sum(parts, []), key=lambda record: record["episode_id"])
                     # Written now, so that an interrupted run keeps what it has.
-                    write_text(out / "episodes.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+                    if rank == 0:
+                        write_text(out / "episodes.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     except PolicyError as error:
         raise Fault(str(error)) from None
     except KeyboardInterrupt:
         raise Fault(f"interrupted: {len(records)} finished episodes were saved in {out}") from None
 
+    if rank > 0:
+        return
     table = ood_table(records)
     protocol = (
         f"{args.checkpoint}: {backbone}, {assets}, seeds {' '.join(map(str, args.seeds))}, temperature "

@@ -8,11 +8,14 @@ OpenVLA: two ViT towers (DINOv2, SigLIP) -> projector -> Llama; an action is 7 t
 differs between the tiny preset and the 7B model is in config.json, which is read as data.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -204,6 +207,63 @@ class KVCache:
 
 
 # ------------------------------------------------------------------------------------------------ saving
+@contextmanager
+def whole_directory(directory):
+    """Yields a Path to write flat files into; at the end they appear as `directory`, whole and on disk, or not at all.
+
+    SHA256SUMS (check it with `sha256sum -c SHA256SUMS`) is added, what `directory` held before goes.
+    """
+    directory = Path(directory)
+    temporary, old = (directory.with_name(f"{directory.name}.{name}") for name in ("partial", "old.partial"))
+    try:
+        for leftover in (temporary, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        yield temporary
+        names = sorted(file.name for file in temporary.iterdir())
+        sums = "".join(f"{file_hash(temporary / name)}  {name}\n" for name in names)
+        (temporary / "SHA256SUMS").write_text(sums)
+        for path in (*(temporary / name for name in names), temporary / "SHA256SUMS", temporary):
+            sync(path)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(temporary, directory)
+        sync(directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = f"{error}".replace("\n", " ")
+        raise PolicyError(f"{directory} could not be written ({reason}); nothing saved before is touched.") from error
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Wait until a file's or a directory's content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(directory):
+    """Compare every file of a directory that `whole_directory` wrote with its hash. PolicyError names the first to differ."""
+    try:
+        lines = (directory / "SHA256SUMS").read_text().splitlines()
+        if not lines:
+            raise PolicyError(f"{directory / 'SHA256SUMS'} is empty: the directory is damaged.")
+        for line in lines:
+            wanted, _, name = line.partition("  ")
+            if file_hash(directory / name) != wanted:
+                raise PolicyError(f"{directory / name} is damaged: it is not the file that was saved (see SHA256SUMS there).")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{directory} is damaged or incomplete ({error}).") from None
+
+
 def save_policy(policy, directory, dtype=None):
     """Write a checkpoint that load_policy reads; dtype (say torch.float16) is that of the stored weights.
 
@@ -1266,6 +1326,8 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
         checkpoint = DEFAULT_CHECKPOINT[backbone]
     directory, name, commit = find_checkpoint(checkpoint, hub=not tiny) if checkpoint else (None, backbone, None)
     adapter = None
+    if directory and (directory / "SHA256SUMS").is_file():
+        verify(directory)
     if directory and (directory / "adapter_config.json").is_file():
         adapter, peft_config = directory, read_json(directory / "adapter_config.json")
         if not base and not peft_config.get("base_model_name_or_path"):

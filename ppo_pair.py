@@ -3,6 +3,7 @@
     python ppo_pair.py                                        # openvla-tiny on a laptop CPU, nothing to download
     python ppo_pair.py --inv-coef 0 --sen-coef 0              # the PPO baseline: same code, no views
     python ppo_pair.py --resume runs/NAME                     # go on from its newest checkpoint
+    torchrun --nproc-per-node 8 ppo_pair.py --backbone openvla
 
 o_pre  same scene, other table, no distractors: the action distribution should stay       L_inv, Eq. (2)
 o_alt  same instant, target elsewhere:          the action distribution should change     L_sen, Eq. (3)
@@ -13,19 +14,22 @@ One iteration: every environment plays whole episodes (rollout), advantages by G
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +40,9 @@ import evaluate
 import policies
 import sft
 import views
+
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 # What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's, for pi0.5 RLinf's (lost in our text
 # of the paper). The tiny presets are ours: PPO learns with openvla-tiny's (README, "What it shows so far"), the pair
@@ -100,7 +107,7 @@ class Args:
     run_dir: str | None = None
     """where checkpoints and logs go (default: runs/BACKBONE_seedS_TIME)"""
     resume: str | None = None
-    """run directory to go on with; it brings its own arguments, only --iterations may be raised"""
+    """run directory to go on with, under its own arguments; auto: --run-dir, or the newest in runs/; if none, start"""
     seed: int = 1
     """seed of everything"""
     cuda: bool = True
@@ -109,6 +116,8 @@ class Args:
     """if toggled, log to Weights & Biases as well (needs `pip install wandb`)"""
     save_every: int = 10
     """save a checkpoint every K iterations, and at the end"""
+    keep: int = 3
+    """how many of the newest checkpoints stay on disk; the best one stays besides"""
     eval_episodes: int = 64
     """episodes per split in the table printed at the end; 0 skips it"""
     temperature_eval: float = 0.6
@@ -127,11 +136,11 @@ class Args:
     iterations: int | None = None
     """number of rollouts, each followed by an update ("RL train steps", Table 3)"""
     num_envs: int | None = None
-    """parallel environments ("Parallel environments", Table 3)"""
+    """parallel environments, of all ranks together ("Parallel environments", Table 3)"""
     num_steps: int | None = None
     """environment steps per environment and iteration, a multiple of the episode length ("Interaction steps", Table 3)"""
     batch_size: int | None = None
-    """decisions per optimizer step ("Global batch size", Table 3)"""
+    """decisions per optimizer step, of all ranks together ("Global batch size", Table 3)"""
     device_batch_size: int | None = None
     """decisions per forward pass, in the rollout and in the update; neither gradients (accumulated) nor results depend on it"""
     update_epochs: int | None = None
@@ -166,6 +175,11 @@ class Args:
     """eps_sen of Eq. (3) (Table 3)"""
 
 
+# What --resume may change: none of it changes what is computed
+MAY_CHANGE = ("iterations", "resume", "cuda", "track", "save_every", "keep", "eval_episodes", "temperature_eval",
+              "device_batch_size", "gradient_checkpointing")  # fmt: skip
+
+
 def train_split(args) -> str:
     return f"camera+-{args.camera_range:g}:{args.camera_step:g}" if args.pre_view == "camera" else "train"
 
@@ -197,18 +211,41 @@ def value_loss(newvalue, oldvalue, returns, value_clip):
                      F.huber_loss(clipped, returns, reduction="none", delta=10.0))  # fmt: skip
 
 
-def rollout(args, policy, envs, episode_ids, device):
-    """Whole episodes in every environment -> batch, stats.
+def all_reduce(x):
+    """The sum of a tensor over all ranks; alone, the tensor."""
+    evaluate.collective(dist.all_reduce, x)
+    return x
+
+
+def share(n):
+    """This rank's part of n environments, as a range."""
+    return range(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+
+
+def seed_all(*key):
+    """Every iteration starts from seeds of its own, so a resumed run needs no random state from the one before."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA's, too
+
+
+terminated = []  # not empty: SIGTERM came (Slurm, spot machines); rollout() looks at it
+
+
+def rollout(args, policy, envs, episode_ids, device, exact=False):
+    """Whole episodes in every environment -> batch, stats; or None, None where a rank is to stop.
 
     batch: obs (dict of (B, ...)), instructions (B str), latents, logprobs, values, advantages, returns (B,), B = T * N
-    decisions. Advantages are normalised over all of it. episode_ids: an iterator over fresh ids.
+    decisions, N environments of this rank. Advantages are normalised over those of all ranks, stats are theirs as well.
+    episode_ids: an iterator over fresh ids. exact: see VecEnv.reset.
     """
     split = train_split(args)
     obs, instructions, latents, logprobs, values, rewards, dones, successes = [], [], [], [], [], [], [], []
     for _ in range(args.num_steps // envs.max_episode_steps):
-        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], split, alter_seed=args.seed)
+        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], split, exact, args.seed)
         done = torch.tensor([False])
-        while not done.all():
+        while not done.all() and not terminated:
             next_obs = {k: v.to(device) for k, v in next_obs.items()}
             decision = act(policy, next_obs, envs.instructions, args.device_batch_size)
             obs.append(next_obs)
@@ -219,26 +256,30 @@ def rollout(args, policy, envs, episode_ids, device):
             next_obs, reward, done, info = envs.step(decision.actions)
             rewards.append(reward.to(device))
             dones.append(done.to(device))
-        successes.append(info["success_once"])
+            successes.append(info["success_once"])
+    if all_reduce(torch.tensor([float(len(terminated))], device=device)) > 0:
+        return None, None
     # OPEN: nothing follows the last step (RL4VLA). Adding the critic's guess of what would have come (RLinf) pays for
     # states from which success is merely possible.
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
     advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
+    success = torch.stack(successes).to(device)[dones].double()
+    a, y = advantages.double(), returns.double()  # returns - values = advantages: the critic's errors
+    sums = [torch.ones_like(a).sum(), a.sum(), (a**2).sum(), y.sum(), (y**2).sum(), success.sum(), rewards.double().sum(),
+            torch.ones_like(success).sum()]  # fmt: skip
+    n, a, aa, y, yy, success, reward, episodes = all_reduce(torch.stack(sums)).tolist()
+    a_var, y_var = aa / n - (a / n) ** 2, yy / n - (y / n) ** 2
     batch = dict(
         obs={k: torch.cat([o[k] for o in obs]) for k in obs[0]},
         instructions=instructions,
         latents=torch.cat(latents),
         logprobs=torch.cat(logprobs),
         values=values.flatten(),
-        advantages=((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-5)).flatten(),
+        advantages=((advantages - a / n) / (max(a_var, 0.0) ** 0.5 + 1e-5)).flatten(),
         returns=returns.flatten(),
     )
-    y, error = returns.flatten(), (returns - values).flatten()
-    stats = dict(
-        success=torch.cat(successes).float().mean().item(),
-        reward=rewards.sum().item() / (envs.num_envs * len(successes)),
-        explained_variance=(1 - error.var() / y.var()).item() if y.var() > 0 else float("nan"),
-    )
+    stats = dict(success=success / episodes, reward=reward / episodes,
+                 explained_variance=1 - a_var / y_var if y_var > 1e-12 else float("nan"))  # fmt: skip
     return batch, stats
 
 
@@ -270,19 +311,34 @@ def kl_to_altered(policy, dist, obs, instructions, latent, clip):
     return kl.index_put((below,), policy.kl(dist[below], again.dist))
 
 
-def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
-    """PPO and the pair losses on one rollout, Eq. (1)-(4) -> dict of means over all samples it saw."""
-    n = len(batch["logprobs"])
+def minibatches(args, num_steps, generator):
+    """One epoch: yields this rank's decisions in a minibatch, and how many all ranks have in it.
+
+    A minibatch takes as many decisions of one environment as of another (give or take one). So ranks have equal work, and
+    what is in a minibatch does not depend on how many ranks there are.
+    """
+    mine, n = share(args.num_envs), num_steps * args.num_envs
+    order = torch.rand(num_steps, args.num_envs, generator=generator).argsort(0).flatten()  # of each environment's steps
+    env = torch.arange(n) % args.num_envs
+    inds, ours = order * len(mine) + env - mine.start, (env >= mine.start) & (env < mine.stop)
+    for start in range(0, n, args.batch_size):
+        end = min(start + args.batch_size, n)
+        yield inds[start:end][ours[start:end]], end - start
+
+
+def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, generator=None):
+    """PPO and the pair losses on one rollout, Eq. (1)-(4) -> dict of means over all samples it saw, on all ranks.
+
+    generator: of the order of the samples, the same on all ranks.
+    """
     device = batch["logprobs"].device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in optimizer.param_groups[0]["params"]:  # the policy's; the other group is the value head's
         p.requires_grad_(not value_only)
-    seen, ratio_dev, grad_norms, stop = [], None, [], False
+    totals, ratio_dev, grad_norms, stop = 0.0, None, [], False
     for _ in range(args.update_epochs * (4 if value_only else 1)):  # a critic alone can be fitted without fear
-        b_inds = torch.randperm(n)
-        for start in range(0, n, args.batch_size):
-            mb_inds = b_inds[start : start + args.batch_size]
-            first = len(seen)
+        for mb_inds, mb_size in minibatches(args, len(batch["logprobs"]) // len(share(args.num_envs)), generator):
+            sums = 0.0  # over this minibatch, of each statistic and of the samples it is of
             for inds in mb_inds.split(args.device_batch_size):
                 instructions = [batch["instructions"][i] for i in inds.tolist()]
                 inds = inds.to(device)
@@ -316,22 +372,46 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False):
                     stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
                 for group, rows in policy.groups(latent).items():
                     stats |= {f"{name}_{group}": stats[name][rows] for name in ("inv_kl", "sen_kl") if name in stats}
-                (loss.sum() / len(mb_inds)).backward()
-                seen.append({k: v.detach().float() for k, v in stats.items()})
+                (loss.sum() / mb_size).backward()
+                stats["loss"] = loss
+                counts = torch.tensor([float(len(v)) for v in stats.values()], device=device)
+                sums = sums + torch.stack([torch.stack([v.detach().float().sum() for v in stats.values()]), counts])  # (2, K)
+            if not grad_norms:
+                check_gradients(policy, parameters)
+            if WORLD > 1:  # one message per step: all statistics and all gradients
+                parts = [sums, *(p.grad for p in parameters if p.grad is not None)]
+                flat = all_reduce(torch.cat([part.flatten() for part in parts]))
+                for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+                    part.copy_(total.view_as(part))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise sim.Fault("the gradient is not finite: training stopped before the step, the last checkpoint is good")
+            if not torch.isfinite(grad_norm + sums.sum()):  # every rank sees it: a sum with nan or inf in it is one
+                file = Path(args.run_dir) / f"nonfinite_rank{RANK}.pt"
+                inds = mb_inds.to(device)
+                torch.save(dict({k: v[inds].cpu() for k, v in batch["obs"].items()}, latents=batch["latents"][inds].cpu(),
+                                instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file)  # fmt: skip
+                raise sim.Fault("a loss, log-prob or gradient is not finite: stopped before the step, every checkpoint is from "
+                                f"before; the minibatch is in {file}")  # fmt: skip
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            totals = totals + sums
             grad_norms.append(grad_norm)
             if args.target_kl and not value_only:
-                stop = torch.cat([s["approx_kl"] for s in seen[first:]]).mean() > args.target_kl
+                stop = sums[0, list(stats).index("approx_kl")] / mb_size > args.target_kl
             if stop:
                 break
         if stop:
             break
-    means = {k: torch.cat([s[k] for s in seen]).mean().item() for k in seen[0]}
+    means = dict(zip(stats, (totals[0] / totals[1]).tolist()))
     return dict(means, ratio_dev=ratio_dev, grad_norm=torch.stack(grad_norms).mean().item(), updates=len(grad_norms))
+
+
+def check_gradients(policy, parameters):
+    """A parameter that the optimizer lacks, or that the loss does not reach, would stay as it is without any error."""
+    known = {id(p) for p in parameters}
+    for name, p in policy.named_parameters():
+        if p.requires_grad and (id(p) not in known or p.grad is None):
+            reason = "gets no gradient" if id(p) in known else "is not on the optimizer"
+            raise sim.Fault(f"the parameter {name} is to be trained but {reason}: freeze it, or use it in the loss")
 
 
 @torch.no_grad()
@@ -343,7 +423,20 @@ def unrelated_kl(policy, batch, n=64):
     inds = inds.to(batch["logprobs"].device)
     latent = torch.cat([batch["latents"][inds[:n]]] * 2)
     dist = policy.evaluate({k: v[inds] for k, v in batch["obs"].items()}, instructions, latent).dist
-    return policy.kl(dist[:n], dist[n:]).mean().item()
+    return (all_reduce(policy.kl(dist[:n], dist[n:]).mean()) / WORLD).item()
+
+
+def going_blind(kls, window=5):
+    """kls: (inv_kl, sen_kl, unrelated_kl) of each iteration. True where the last `window` lie below a fifth of the first:
+    L_inv's trivial minimum, in which all pictures look alike."""
+    return len(kls) >= window and bool((np.mean(kls[-window:], 0) < 0.2 * np.array(kls[0])).all())
+
+
+def check_weights(policy):
+    """Nothing that is not finite may get into a checkpoint."""
+    for name, p in policy.named_parameters():
+        if not torch.isfinite(p.sum()):
+            raise sim.Fault(f"the weight {name} is not finite: resume from the last checkpoint, or start from another one")
 
 
 @torch.no_grad()
@@ -351,71 +444,108 @@ def check_sight(policy, obs, instructions):
     """A policy that does not see acts without any error (OpenVLA on newer transformers did): stop before it trains."""
     obs, instructions = {k: v[:4] for k, v in obs.items()}, instructions[:4]  # a few will do
     latent = policy.act(obs, instructions).latent
-    black, white = (
-        policy.evaluate({**obs, "rgb": torch.full_like(obs["rgb"], v)}, instructions, latent).dist for v in (0, 255)
-    )
-    if policy.kl(black, white).max() < 1e-6:
-        raise sim.Fault("the policy does not see: a black and a white image give the same actions")
+    black, white = (torch.full_like(obs["rgb"], v) for v in (0, 255))
+    pairs = {"a black and a white image": (black, white)}
+    if "rgb_alt" in obs:
+        pairs["images with the target here and there"] = (obs["rgb"], obs["rgb_alt"])
+    for what, pair in pairs.items():
+        p, q = (policy.evaluate({**obs, "rgb": rgb}, instructions, latent).dist for rgb in pair)
+        if policy.kl(p, q).max() < 1e-9:
+            raise sim.Fault(f"the policy does not see: {what} give the same actions")
 
 
-def save_checkpoint(path: Path, policy, args, trainer: dict):
-    """A directory that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    policy.save(temporary)
-    (temporary / "args.json").write_text(json.dumps(vars(args), indent=2))
-    torch.save(trainer, temporary / "trainer.pt")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+def save_checkpoint(run_dir, policy, args, trainer):
+    """runs/NAME/checkpoint-ITERATION, which appears whole or not at all; `best` links to the best. -> its path"""
+    path = run_dir / f"checkpoint-{trainer['iteration']:06d}"
+    with policies.whole_directory(path) as directory:
+        policy.save(directory)
+        (directory / "args.json").write_text(json.dumps(vars(args), indent=2))
+        buffer = io.BytesIO()  # a full disk is an OSError then
+        torch.save(trainer, buffer)
+        (directory / "trainer.pt").write_bytes(buffer.getbuffer())
+    best = f"checkpoint-{trainer['best'][1]:06d}"
+    link = run_dir / "best.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(best)
+    os.replace(link, run_dir / "best")
+    for old in checkpoints(run_dir)[: -args.keep]:
+        if old.name != best:
+            shutil.rmtree(old.replace(old.with_name(old.name + ".partial")))
+    return path
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    found = sorted(p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
-    if not found:
-        raise sim.Fault(f"--resume {run_dir}: there is no checkpoint-* directory in it")
-    return found[-1]
+    """The newest that is whole: every file in it has the hash it was saved with."""
+    for path in reversed(checkpoints(run_dir)):
+        try:
+            policies.verify(path)
+            return path
+        except policies.PolicyError as error:
+            print(f"{error} Going back to the checkpoint before.", file=sys.stderr)
+    raise sim.Fault(f"--resume {run_dir}: there is no whole checkpoint-* directory in it")
+
+
+def parse(command=None) -> Args:
+    """The command line. --resume brings the run's own arguments, and whoever contradicts them is told so."""
+    args = tyro.cli(Args, args=command)
+    if args.resume == "auto":
+        runs = [args.run_dir] if args.run_dir else [str(path) for path in Path("runs").glob("*")]
+        runs = [run for run in runs if checkpoints(Path(run))]
+        args.resume = max(runs, key=lambda run: checkpoints(Path(run))[-1].stat().st_mtime) if runs else None
+    if args.resume:
+        file = newest_checkpoint(Path(args.resume)) / "args.json"
+        try:
+            saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.read_text()).items()}
+            saved = Args(**{**saved, "run_dir": args.resume, "resume": args.resume})
+        except TypeError as error:
+            raise sim.Fault(f"{file} is of another version of this program ({error})")
+        args = dataclasses.replace(tyro.cli(Args, args=command, default=saved), resume=args.resume)
+        for name, value in vars(saved).items():
+            if getattr(args, name) != value and name not in MAY_CHANGE:
+                raise sim.Fault(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.resume} has {value}; "
+                                "leave the flag out, or start another run")  # fmt: skip
+    return args
 
 
 def main(args: Args):
-    resumed = None
-    if args.resume:
-        checkpoint = newest_checkpoint(Path(args.resume))
-        resumed = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        saved = json.loads((checkpoint / "args.json").read_text())
-        iterations = args.iterations or saved["iterations"]
-        args = Args(
-            **{
-                **saved,
-                "resume": args.resume,
-                "run_dir": args.resume,
-                "iterations": iterations,
-                "checkpoint": str(checkpoint),
-            }
-        )
-    elif args.backbone not in TABLE_3:
+    if args.backbone not in TABLE_3:
         raise sim.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
     args = dataclasses.replace(args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None})
-    for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every"):
+    for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise sim.Fault(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
+        raise sim.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
+                        "each needs an environment, and the batch size must be a multiple of --num-envs")  # fmt: skip
     sim.parse_split(train_split(args))  # is --camera-range possible?
-    run_dir = Path(args.run_dir or f"runs/{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
-    args.run_dir = str(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    except OSError as error:
-        raise sim.Fault(f"cannot write to --run-dir {run_dir}: {error.strerror}")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if RANK == 0:  # the others wait for what it prepares
+        name = f"{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+        args.run_dir = args.run_dir or f"runs/{name}"
+        try:
+            Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.run_dir) / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except OSError as error:
+            raise sim.Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
+        if args.checkpoint is None and args.backbone.endswith("-tiny"):
+            args.checkpoint = str(sft.warm_start(args.backbone))
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    box = [args]
+    evaluate.collective(dist.broadcast_object_list, box)
+    args, run_dir = box[0], Path(box[0].run_dir)
 
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    if args.checkpoint is None and args.backbone.endswith("-tiny"):
-        args.checkpoint = str(sft.warm_start(args.backbone))
+    resumed = newest_checkpoint(run_dir) if args.resume else None
+    seed_all(args.seed)
     policy = policies.load_policy(
-        args.backbone, args.checkpoint, device=device, dtype=policies.DTYPES[args.dtype], unnorm_key=args.unnorm_key,
-        lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_targets=args.lora_targets,
+        args.backbone, resumed or args.checkpoint, device=device, dtype=policies.DTYPES[args.dtype],
+        unnorm_key=args.unnorm_key, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_targets=args.lora_targets,
         gradient_checkpointing=args.gradient_checkpointing, tokenizer=args.tokenizer, horizon=args.horizon,
         replan=args.replan, denoise_steps=args.denoise_steps, noise_level=args.noise_level, sde_steps=args.sde_steps,
     )  # fmt: skip
@@ -425,73 +555,88 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(
         [dict(params=actor, lr=args.learning_rate), dict(params=value_head, lr=args.value_learning_rate)]
     )
-    pair = bool(args.inv_coef or args.sen_coef)
-
-    torch.manual_seed(args.seed)
-    start, episodes = 0, 0
+    # successes, kls: of every iteration; best: the highest mean of the last 8 successes at a checkpoint, and its iteration
+    start, successes, kls, best = 0, [], [], (-1.0, 0)
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        torch.set_rng_state(resumed["torch_rng"])
-        start, episodes = resumed["iteration"], resumed["episodes"]
-    writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
-    if args.track:
+        trainer = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(trainer["optimizer"])
+        print(f"going on from {resumed}", file=sys.stderr)
+        start, successes, kls, best = (trainer[name] for name in ("iteration", "successes", "kls", "best"))
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1) if RANK == 0 else None
+    if args.track and RANK == 0:
         import wandb
 
         wandb.init(project="pair-vla", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    recent, kls = deque(maxlen=8), deque(maxlen=5)
-    reference = None  # the first measured KLs: inv_kl, sen_kl, unrelated_kl
-    checkpoint = None
+    shared = torch.Generator()  # of the order of the samples: the same on all ranks, where the others' numbers differ
+    mine, complete = share(args.num_envs), start  # iterations
 
-    with sim.make_envs(
-        args.num_envs,
-        args.assets,
-        image_size=policy.image_size,
-        alter=views.task_altering if args.sen_coef else None,
-        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
-    ) as envs:
+    def save():
+        nonlocal best
+        best = max(best, (float(np.mean(successes[-8:])), complete))
+        trainer = dict(optimizer=optimizer.state_dict(), iteration=complete, successes=successes, kls=kls, best=best)
+        if RANK == 0:
+            save_checkpoint(run_dir, policy, args, trainer)
+
+    with sim.make_envs(len(mine), args.assets, image_size=policy.image_size,
+                       num_workers=max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD),
+                       alter=views.task_altering if args.sen_coef else None,
+                       preserve=views.RENDERED[args.pre_view] if args.inv_coef else None) as envs:  # fmt: skip
         if args.num_steps % envs.max_episode_steps:
             raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
         backgrounds = views.backgrounds(envs).to(device) if args.inv_coef and args.pre_view == "composite" else None
-        obs = {k: v.to(device) for k, v in envs.reset(range(args.num_envs)).items()}
+        obs = {k: v.to(device) for k, v in envs.reset(mine).items()}
+        check_weights(policy)
         check_sight(policy, obs, envs.instructions)
-        for iteration in tqdm(range(start + 1, args.iterations + 1), desc="iterations", initial=start, total=args.iterations):
+        rounds = args.num_steps // envs.max_episode_steps  # episodes per environment and iteration
+        signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+        progress = tqdm(desc="iterations", initial=start, total=args.iterations, disable=RANK > 0)
+        for iteration in range(start + 1, args.iterations + 1):
             t0 = time.time()
-            first = args.seed * 1_000_000 + episodes
-            count = args.num_envs * args.num_steps // envs.max_episode_steps
-            batch, stats = rollout(args, policy, envs, iter(range(first, first + count)), device)
-            episodes += count
+            seed_all(args.seed, iteration, RANK)
+            shared.manual_seed(args.seed * 1_000_000 + iteration)
+            first = args.seed * 1_000_000 + (iteration - 1) * rounds * args.num_envs
+            ids = (first + i * args.num_envs + slot for i in range(rounds) for slot in mine)
+            # Contacts that the simulator remembers would make a resumed run differ, by 1e-8 at first
+            batch, stats = rollout(args, policy, envs, ids, device, exact=(iteration - 1) % args.save_every == 0)
+            if batch is None:
+                break
             t1 = time.time()
             warming = iteration <= args.critic_warmup
-            stats |= update(args, policy, optimizer, batch, backgrounds, value_only=warming)
-            stats |= dict(unrelated_kl=unrelated_kl(policy, batch)) if pair else {}
+            stats |= update(args, policy, optimizer, batch, backgrounds, warming, shared)
+            check_weights(policy)
+            if args.inv_coef or args.sen_coef:
+                stats["unrelated_kl"] = unrelated_kl(policy, batch)
+                if not warming:
+                    kls.append([stats[name] for name in ("inv_kl", "sen_kl", "unrelated_kl") if name in stats])
             t2 = time.time()
-            stats |= dict(
-                rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=len(batch["logprobs"]) / (t2 - t0)
-            )
-            recent.append(stats["success"])
-            if pair and not warming:
-                kls.append([stats[name] for name in ("inv_kl", "sen_kl", "unrelated_kl") if name in stats])
-                reference = kls[0] if reference is None else reference
-            for name, value in stats.items():
-                writer.add_scalar(f"train/{name}", value, iteration)
-            tqdm.write(health_line(iteration, stats, recent, warming))
-            if iteration % args.save_every == 0 or iteration == args.iterations:
-                trainer = dict(
-                    optimizer=optimizer.state_dict(),
-                    torch_rng=torch.get_rng_state(),
-                    iteration=iteration,
-                    episodes=episodes,
-                )
-                checkpoint = run_dir / f"checkpoint-{iteration:06d}"
-                save_checkpoint(checkpoint, policy, args, trainer)
-            if len(kls) == kls.maxlen and (np.mean(kls, 0) < 0.2 * np.array(reference)).all():
+            decisions = len(batch["logprobs"]) * args.num_envs / len(mine)
+            stats |= dict(rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=decisions / (t2 - t0))
+            successes.append(stats["success"])
+            complete = iteration
+            if RANK == 0:
+                for name, value in stats.items():
+                    writer.add_scalar(f"train/{name}", value, iteration)
+                writer.flush()
+                tqdm.write(health_line(iteration, stats, successes[-8:], warming))
+                progress.update()
+            if going_blind(kls):
                 raise sim.Fault("the policy is going blind: all KLs are below a fifth of their first values, also that between "
                                 "unrelated frames: L_inv's trivial minimum. Lower --inv-coef")  # fmt: skip
-    writer.close()
-    if args.eval_episodes and checkpoint is not None:
-        evaluate.main(evaluate.Args(checkpoint=str(checkpoint), num_episodes=args.eval_episodes,
+            if iteration % args.save_every == 0 or iteration == args.iterations:
+                save()
+        if start < complete < args.iterations and complete % args.save_every:
+            save()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    progress.close()
+    if complete < args.iterations:
+        if RANK == 0:
+            print(f"stopped by SIGTERM after iteration {complete}; go on with: python ppo_pair.py --resume {run_dir}")
+    elif args.eval_episodes:
+        evaluate.main(evaluate.Args(checkpoint=str(checkpoints(run_dir)[-1]), num_episodes=args.eval_episodes,
                                     temperature=args.temperature_eval,
                                     num_envs=min(16, args.eval_episodes), cuda=args.cuda))  # fmt: skip
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def health_line(iteration, stats, recent, warming) -> str:
@@ -508,12 +653,17 @@ def health_line(iteration, stats, recent, warming) -> str:
     return line + (" (critic warm-up)" if warming else "")
 
 
-if __name__ == "__main__":
+def command_line():
     try:
-        main(tyro.cli(Args))
+        main(parse())
     except (sim.Fault, policies.PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         print("interrupted: every checkpoint saved so far is whole; go on with --resume RUN_DIR", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line()

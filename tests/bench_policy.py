@@ -292,7 +292,7 @@ def bench(args):
     table, num_envs = ppo_pair.TABLE_3[backbone], args.num_envs or (128 if gpu else 16)
     batch_size = args.batch_size or (640 if gpu else 32)
     training = ppo_pair.Args(**table)
-    training.batch_size, training.update_epochs, training.target_kl = batch_size, 1, 0.0
+    training.batch_size, training.num_envs, training.update_epochs, training.target_kl = batch_size, batch_size, 1, 0.0
     training.device_batch_size = args.device_batch_size or min(table["device_batch_size"], batch_size)
     recompute = table["gradient_checkpointing"] if args.gradient_checkpointing is None else args.gradient_checkpointing
 

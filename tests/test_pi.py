@@ -897,8 +897,8 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
     policy.init_value_head()
     policy.use_norm_stats("builtin")
     policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
-    args = ppo_pair.Args(num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0, inv_coef=0.0,
-                         sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+    args = ppo_pair.Args(num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
+                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []
     for _ in range(25):
         batch, stats = ppo_pair.rollout(args, policy, Bright(), iter(range(10**6)), torch.device("cpu"))

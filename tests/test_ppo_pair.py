@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import Toy, toy_policy
 
 import policies
 import ppo_pair
@@ -63,57 +64,9 @@ def test_a_loss_that_would_broadcast_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------ a toy to learn
-class Toy:
-    """A vector environment whose right action is written in the image: move towards the bright side. Two steps per
-    episode; the second one's picture is new, so credit has to go to the right step. Same interface as envs.VecEnv."""
-
-    max_episode_steps = 2
-
-    def __init__(self, num_envs, seed=0, blind=False):
-        self.num_envs, self.blind, self.rng = num_envs, blind, torch.Generator().manual_seed(seed)
-        self.instructions = ["put red cube on plate"] * num_envs
-
-    def look(self):
-        self.right = torch.rand(self.num_envs, generator=self.rng) < 0.5
-        rgb = torch.full((self.num_envs, 16, 16, 3), 40, dtype=torch.uint8)
-        rgb[self.right, :, 8:] = 220
-        rgb[~self.right, :, :8] = 220
-        if self.blind:
-            rgb[:] = 128
-        mask = torch.zeros(rgb.shape[:3], dtype=torch.bool)
-        mask[:, 4:12] = True  # what the task-preserving view keeps
-        return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2))
-
-    def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
-        self.elapsed, self.correct = 0, torch.zeros(self.num_envs)
-        return self.look()
-
-    def step(self, actions):
-        hit = ((actions[:, 0, 0] > 0) == self.right).float()
-        self.correct += hit
-        self.elapsed += 1
-        info = dict(success_once=self.correct == self.max_episode_steps)
-        return self.look(), hit, torch.full((self.num_envs,), self.elapsed == self.max_episode_steps), info
-
-
-def toy_policy():
-    config = copy.deepcopy(policies.OPENVLA_TINY)
-    config["image_sizes"] = [16, 16]
-    config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                  num_key_value_heads=2)  # fmt: skip
-    config["_tiny_timm_kwargs"][0] |= dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16])
-    config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
-    policy = policies.OpenVLA(config)
-    policy.init_from_scratch()
-    policy.init_value_head()
-    policy.use_norm_stats("builtin")
-    policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
-    return policy.eval()
-
-
 def toy_args(**changes):
-    args = ppo_pair.Args(num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, target_kl=0.0, inv_coef=0.0,
-                         sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+    args = ppo_pair.Args(num_envs=16, num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, target_kl=0.0,
+                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     for name, value in changes.items():
         setattr(args, name, value)
     return args
@@ -240,7 +193,7 @@ def toy_policy_with_seed():
 def learn_toy(iterations, blind=False, args=None, spoil=None):
     """Success of the last 5 of `iterations` rollouts, under the real rollout and update. spoil(batch) breaks something."""
     torch.manual_seed(0)
-    policy, args, toy = toy_policy(), args or toy_args(), Toy(64, blind=blind)
+    policy, args, toy = toy_policy(), args or toy_args(num_envs=64), Toy(64, blind=blind)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     successes = []
     for _ in range(iterations):

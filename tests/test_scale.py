@@ -1,0 +1,531 @@
+"""Ranks, exact resume, and faults. The real ppo_pair.py runs on the toy of toy.py, in forks of this process."""
+
+import copy
+import functools
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from toy import Toy, make_envs, toy_policy
+
+import envs
+import evaluate
+import policies
+import ppo_pair
+
+ROOT = Path(__file__).parents[1]
+FLAGS = """--num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
+--eval-episodes 0 --learning-rate 1e-3 --target-kl 0 --save-every 1 --keep 2""".split()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A toy policy that has learnt nothing, as a checkpoint."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("start")
+    toy_policy().save(directory)
+    (directory / "args.json").write_text(json.dumps(dict(backbone="openvla-tiny", assets="builtin")))
+    return directory
+
+
+def fork(function, log):
+    """Runs function() in a child, which costs no imports, with a process group of its own -> pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        envs.make_envs = evaluate.make_envs = make_envs
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def in_float64(original=torch.Tensor.float):
+    """What the code computes in float32 becomes float64, but for positions (of which transformers makes float32 angles)."""
+    torch.Tensor.float = lambda x: original(x) if x.dtype == torch.int64 else x.double()
+
+
+def train(*command, log="/dev/null", before=lambda: None):
+    """ppo_pair.py COMMAND on the toy, in a child -> pid. before: called in the child first."""
+
+    def function():
+        before()
+        sys.argv = ["ppo_pair.py", *map(str, command)]
+        ppo_pair.command_line()
+
+    return fork(function, log)
+
+
+def wait(pid, seconds=120):
+    """Exit code, or minus the signal."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("it hangs")
+
+
+def wait_for(path, pid, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert time.time() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0), f"{path} does not come"
+        time.sleep(0.01)
+
+
+def state(checkpoint):
+    """All that a run goes on from: weights and trainer, as one flat dict of tensors and values."""
+    policies.verify(checkpoint)
+    trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    parts = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "value_head")}
+    flat = {}
+
+    def walk(key, value):
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{key}/{k}", v)
+        elif isinstance(value, (list, tuple)):
+            walk(key, dict(enumerate(value)))
+        else:
+            flat[key] = value
+
+    walk("", dict(parts, trainer=trainer))
+    return flat
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key] or value != value
+        assert same, key
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+def ranks(world, function, tmp_path):
+    """function(rank) in `world` processes that form a gloo group; waits for them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def child(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        ppo_pair.RANK, ppo_pair.WORLD, ppo_pair.LOCAL_RANK, ppo_pair.LOCAL_WORLD = rank, world, rank, world
+        function(rank)
+
+    pids = [fork(functools.partial(child, rank), tmp_path / f"rank{rank}") for rank in range(world)]
+    codes = [wait(pid) for pid in pids]
+    assert codes == [0] * world, "".join((tmp_path / f"rank{rank}").read_text() for rank in range(world))
+
+
+def test_one_process_equals_two_and_three(tmp_path):
+    """Rollout (argmax, as noise depends on the rank) and the whole of Eq. (4), 3 ranks with 5, 5 and 6 environments.
+
+    In float64, so that nothing but the rounding of sums is left: they agree within 1e-9 (relative).
+    """
+    args = ppo_pair.Args(num_envs=16, num_steps=8, batch_size=32, device_batch_size=20, update_epochs=2, target_kl=0.0,
+                         inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, max_grad_norm=10.0, run_dir=str(tmp_path))  # fmt: skip
+
+    def function(rank):
+        if ppo_pair.WORLD > 1:
+            dist.init_process_group("gloo")
+        in_float64()
+        torch.manual_seed(0)
+        policy = toy_policy().double()
+        policy.act = functools.partial(policy.act, temperature=0)
+        head = list(policy.value_head.parameters())
+        actor = [p for p in policy.parameters() if all(p is not q for q in head)]
+        optimizer = torch.optim.SGD([dict(params=actor), dict(params=head)], lr=1e-2)
+        mine, shared, before = ppo_pair.share(16), torch.Generator(), copy.deepcopy(policy.state_dict())
+        for iteration in range(2):
+            torch.manual_seed(rank)
+            shared.manual_seed(iteration)
+            ids = (100 * iteration + 16 * i + slot for i in range(4) for slot in mine)
+            batch, stats = ppo_pair.rollout(args, policy, Toy(len(mine)), ids, torch.device("cpu"))
+            gray = torch.full((1, 16, 16, 3), 90, dtype=torch.uint8)
+            stats |= ppo_pair.update(args, policy, optimizer, batch, gray, generator=shared)
+        moved = {k: v - before[k] for k, v in policy.state_dict().items()}
+        torch.save((stats, policy.state_dict(), moved), tmp_path / f"{ppo_pair.WORLD}_{rank}.pt")
+
+    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (tmp_path / "alone").read_text()
+    for world in (2, 3):
+        ranks(world, function, tmp_path)
+    stats, weights, moved = torch.load(tmp_path / "1_0.pt", weights_only=True)
+    for name in ("2_0", "2_1", "3_0", "3_1", "3_2"):
+        other_stats, *others = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for key in stats.keys() - {"ratio_dev"}:  # of the rank's own first samples
+            assert other_stats[key] == pytest.approx(stats[key], rel=1e-9, abs=1e-12), key
+        for ours, theirs in ((weights, others[0]), (moved, others[1])):
+            a, b = (torch.cat([t.flatten() for t in x.values()]) for x in (ours, theirs))
+            assert a.dtype == torch.float64 and (a - b).norm() / a.norm() < 1e-9, name
+
+
+def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
+    def function(rank):
+        splits = ("train", "texture", "clutter-2")
+        evaluate.main(evaluate.Args(checkpoint=str(start), splits=splits, num_episodes=11, num_envs=2, seeds=(0, 1),
+                                    out=str(tmp_path / f"eval{ppo_pair.WORLD}"), cuda=False))  # fmt: skip
+
+    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (tmp_path / "alone").read_text()
+    ranks(3, function, tmp_path)
+    for name in ("episodes.jsonl", "table.md"):
+        assert (tmp_path / "eval1" / name).read_text() == (tmp_path / "eval3" / name).read_text()
+    assert len((tmp_path / "eval1/episodes.jsonl").read_text().splitlines()) == 3 * 2 * 11
+
+
+# ------------------------------------------------------------------------------------------------ resume
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """A run of 8 iterations that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 8, *FLAGS, log=run.parent / "log")) == 0
+    return run
+
+
+def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
+    lines = [line for line in (whole.parent / "log").read_text().splitlines() if "ratio_dev" in line]
+    assert len(lines) == 8
+    trainer = torch.load(whole / "checkpoint-000008/trainer.pt", weights_only=True)
+    means = [np.mean(trainer["successes"][max(0, i - 8) : i]) for i in range(1, 9)]
+    best = max(range(8), key=lambda i: (means[i], i)) + 1
+    assert trainer["best"] == (pytest.approx(max(means)), best)
+    assert (whole / "best").resolve().name == f"checkpoint-{best:06d}"
+    assert {p.name for p in whole.glob("check*")} == {"checkpoint-000007", "checkpoint-000008", f"checkpoint-{best:06d}"}
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=whole / "checkpoint-000008", capture_output=True, text=True)
+    assert sums.returncode == 0 and sums.stdout.count("OK") == 6
+
+
+def test_two_processes_with_one_seed_are_the_same(start, whole, tmp_path):
+    assert wait(train("--checkpoint", start, "--run-dir", tmp_path / "run", "--iterations", 8, *FLAGS)) == 0
+    assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole / "checkpoint-000008"))
+
+
+def kill_and_resume(start, run, iterations, kills, seed):
+    """SIGKILL at random instants, or at a random call in the middle of writing a checkpoint, each time followed by
+    --resume; returns what it was killed in."""
+    rng, killed, attempts = random.Random(seed), [], 0
+    while True:
+        how = ["--resume", run] if list(run.glob("checkpoint-*[0-9]")) else ["--checkpoint", start, "--run-dir", run, *FLAGS]
+        in_write = rng.random() < 0.5
+        calls = [rng.randrange(1, 24)]
+
+        def before(calls=calls, in_write=in_write):
+            def count(path, original=policies.sync):
+                calls[0] -= 1
+                if calls[0] == 0 and in_write and len(killed) < kills:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(path)
+
+            policies.sync = count
+
+        pid = train(*how, "--iterations", iterations, before=before, log=run.parent / "log")
+        if not in_write and len(killed) < kills:
+            time.sleep(rng.uniform(0.3, 3.0))
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+                assert wait(pid) == -signal.SIGKILL
+                killed.append("anywhere")
+                continue
+            return killed
+        code = wait(pid)
+        attempts += 1
+        assert code in (0, -signal.SIGKILL) and attempts < 100, (run.parent / "log").read_text()
+        if code == 0:
+            return killed
+        killed.append("write")
+
+
+def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start, whole, tmp_path):
+    """Bitwise: weights, optimizer, history. Three kills here, twenty in the slow test."""
+    killed = kill_and_resume(start, tmp_path / "run", 8, 3, seed=3)
+    assert len(killed) == 3 and "write" in killed
+    assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole / "checkpoint-000008"))
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start, tmp_path):
+    reference = tmp_path / "reference/run"
+    reference.parent.mkdir()
+    assert wait(train("--checkpoint", start, "--run-dir", reference, "--iterations", 40, *FLAGS), 600) == 0
+    killed = kill_and_resume(start, tmp_path / "run", 40, 20, seed=0)
+    assert len(killed) == 20 and {"write", "anywhere"} == set(killed), killed
+    assert_same(state(tmp_path / "run/checkpoint-000040"), state(reference / "checkpoint-000040"))
+
+
+def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
+    import shutil
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    assert wait(train("--resume", run, "--iterations", 9, log=tmp_path / "log")) == 0
+    assert "going on from" in (tmp_path / "log").read_text()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/success")] == list(range(1, 10))
+    trainer = torch.load(run / "checkpoint-000009/trainer.pt", weights_only=True)
+    assert trainer["iteration"] == 9 and len(trainer["successes"]) == 9
+
+
+def test_resume_refuses_what_would_change_the_run(whole, monkeypatch):
+    args = ppo_pair.parse(["--resume", str(whole), "--iterations", "20", "--device-batch-size", "3"])
+    assert (args.iterations, args.device_batch_size, args.num_envs, args.seed) == (20, 3, 6, 1)
+    for flag, value in (("seed", "2"), ("num-envs", "8"), ("learning-rate", "1e-4"), ("inv-coef", "0")):
+        with pytest.raises(envs.Fault, match=f"--{flag} .*leave the flag out"):
+            ppo_pair.parse(["--resume", str(whole), f"--{flag}", value])
+    saved = json.loads((whole / "checkpoint-000008/args.json").read_text())
+    monkeypatch.setattr(Path, "read_text", lambda _: json.dumps(dict(saved, seed=3)))
+    monkeypatch.setattr(policies, "verify", lambda _: None)
+    with pytest.raises(envs.Fault, match="--seed 1.*leave the flag out"):  # the default, said aloud
+        ppo_pair.parse(["--resume", str(whole), "--seed", "1"])
+
+
+def test_resume_auto_takes_the_newest_whole_checkpoint_or_starts(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ppo_pair.parse(["--resume", "auto"]).resume is None
+    assert ppo_pair.parse(["--resume", "auto", "--run-dir", "elsewhere"]).resume is None
+    for name, age in (("old", 100), ("new", 0), ("older", 200)):
+        (tmp_path / f"runs/{name}").mkdir(parents=True)
+        (tmp_path / f"runs/{name}/checkpoint-000008").symlink_to(whole / "checkpoint-000008")
+        if age:
+            copied = tmp_path / f"runs/{name}/checkpoint-000008"
+            copied.unlink()
+            subprocess.run(["cp", "-r", whole / "checkpoint-000008", copied], check=True)
+            os.utime(copied, (time.time() - age - 1000,) * 2)
+    assert ppo_pair.parse(["--resume", "auto"]).run_dir == "runs/new"
+    assert ppo_pair.parse(["--resume", "auto", "--run-dir", "runs/old"]).run_dir == "runs/old"
+
+
+@pytest.mark.slow
+def test_memory_is_flat(start, tmp_path):
+    """Resident memory over the last 20 of 50 iterations stays within 2 %."""
+
+    def before():
+        original = ppo_pair.health_line
+
+        def line(iteration, *rest):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with open(tmp_path / "memory", "a") as file:
+                print(iteration, pages, file=file)
+            return original(iteration, *rest)
+
+        ppo_pair.health_line = line
+
+    pid = train("--checkpoint", start, "--run-dir", tmp_path / "run", "--iterations", 50, *FLAGS, before=before)
+    assert wait(pid, 600) == 0
+    pages = [int(line.split()[1]) for line in (tmp_path / "memory").read_text().splitlines()]
+    assert len(pages) == 50 and max(pages[-20:]) / min(pages[-20:]) < 1.02, pages
+
+
+# ------------------------------------------------------------------------------------------------ faults
+def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = ["2" if FLAGS[i - 1] == "--save-every" else flag for i, flag in enumerate(FLAGS)]
+    os.environ["TOY_SECONDS"] = "0.05"
+    try:
+        pid = train("--checkpoint", start, "--run-dir", run, "--iterations", 9, *flags, log=log)
+    finally:
+        del os.environ["TOY_SECONDS"]
+    wait_for(run / "checkpoint-000004", pid)
+    os.kill(pid, signal.SIGTERM)
+    assert wait(pid, 30) == 0, log.read_text()
+    (last,) = [line for line in log.read_text().splitlines() if "stopped by" in line]
+    saved = ppo_pair.newest_checkpoint(run)
+    assert f"stopped by SIGTERM after iteration {int(saved.name[-2:])}; go on with: python ppo_pair.py --resume {run}" in last
+    assert wait(train(*last.split("ppo_pair.py ")[1].split(), "--iterations", 8)) == 0
+    ours, theirs = state(run / "checkpoint-000008"), state(whole / "checkpoint-000008")
+    for flat in (ours, theirs):  # the two runs save at different iterations
+        del flat["/trainer/best/0"], flat["/trainer/best/1"]
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
+    run, log = tmp_path / "run", tmp_path / "log"
+    pid = train("--checkpoint", start, "--run-dir", run, "--iterations", 999, *FLAGS, log=log)
+    wait_for(run / "checkpoint-000002", pid)
+    for _ in range(times):
+        os.killpg(pid, signal.SIGINT)
+        time.sleep(0.02)
+    assert wait(pid, 30) == 130, log.read_text()
+    assert log.read_text().count("interrupted: every checkpoint saved so far is whole") == 1
+    assert "Traceback" not in log.read_text() and "Exception" not in log.read_text()
+    policies.load_policy("openvla-tiny", ppo_pair.newest_checkpoint(run))
+
+
+def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path):
+    """The limit on a file's size stands in for a full disk: it needs no root. test_a_full_disk is the real thing."""
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def before():
+        def smaller(path, original=policies.sync):
+            if path.parent.name == "checkpoint-000003.partial" or path.name == "checkpoint-000002":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+            original(path)
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        policies.sync = smaller
+        ppo_pair.checkpoints = lambda run_dir, original=ppo_pair.checkpoints: smaller_after(original(run_dir))
+
+        def smaller_after(paths):
+            if paths and paths[-1].name == "checkpoint-000002":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+            return paths
+
+    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 4, *FLAGS, log=log, before=before)) == 2
+    assert "checkpoint-000003 could not be written" in log.read_text() and "Traceback" not in log.read_text()
+    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000002"
+    assert wait(train("--resume", run, "--iterations", 3)) == 0
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path):
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tiny tmpfs needs root")
+    try:
+        pid = train("--checkpoint", start, "--run-dir", disk / "run", "--iterations", 9, *FLAGS, "--keep", "9", log=log)
+        assert wait(pid) == 2, log.read_text()
+        assert "could not be written" in log.read_text() and "No space left" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        newest = ppo_pair.newest_checkpoint(disk / "run")
+        policies.load_policy("openvla-tiny", newest)
+        assert int(newest.name[-2:]) >= 1
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert wait(train("--resume", disk / "run", "--iterations", 9, log=log)) == 2
+        assert "cannot write to --run-dir" in log.read_text() and "Traceback" not in log.read_text()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written(start, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    log = tmp_path / "log"
+    assert wait(train("--checkpoint", start, "--run-dir", tmp_path / "file/run", *FLAGS, log=log)) == 2
+    assert log.read_text().startswith("error: cannot write to --run-dir") and len(log.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "unlisted"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys, fault):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    file = run / "checkpoint-000008" / dict(missing="trainer.pt", unlisted="SHA256SUMS").get(fault, "model.safetensors")
+    content = file.read_bytes()
+    if fault == "missing":
+        file.unlink()
+    elif fault == "flipped":
+        file.write_bytes(content[:-100] + bytes([content[-100] ^ 4]) + content[-99:])
+    else:
+        file.write_bytes(content[: len(content) // 2] if fault == "truncated" else b"")
+    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000007"
+    assert file.name in capsys.readouterr().err
+    with pytest.raises(policies.PolicyError, match=file.name):
+        policies.load_policy("openvla-tiny", file.parent)
+    subprocess.run(["rm", "-r", *(p for p in run.glob("checkpoint-*") if p != file.parent)], check=True)
+    with pytest.raises(envs.Fault, match="no whole checkpoint"):
+        ppo_pair.newest_checkpoint(run)
+
+
+@pytest.mark.parametrize(
+    "where, when, sentence",
+    [
+        ("value_head.head_l3.weight", "before", "loss, log-prob or gradient is not finite"),
+        ("projector.fc3.bias", "before", "loss, log-prob or gradient is not finite"),
+        ("projector.fc3.bias", "after", "weight projector.fc3.bias is not finite"),
+    ],
+)
+def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
+    """Written into a weight before the third update, or after it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def before():
+        def update(args, policy, *rest, original=ppo_pair.update):
+            weight, third = dict(policy.named_parameters())[where].data.view(-1), (run / "checkpoint-000002").exists()
+            if third and when == "before":
+                weight[-1] = float("nan")
+            stats = original(args, policy, *rest)
+            if third:
+                weight[-1] = float("nan")
+            return stats
+
+        ppo_pair.update = update
+
+    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 9, *FLAGS, log=log, before=before)) == 2
+    assert sentence in log.read_text() and "Traceback" not in log.read_text()
+    newest = ppo_pair.newest_checkpoint(run)
+    assert newest.name == "checkpoint-000002"
+    assert all(torch.isfinite(p).all() for p in policies.load_policy("openvla-tiny", newest).parameters())
+    if when == "before":
+        minibatch = torch.load(run / "nonfinite_rank0.pt", weights_only=True)
+        assert len(minibatch["rgb"]) == len(minibatch["latents"]) == len(minibatch["instructions"]) == 12
+    log.unlink()
+    assert wait(train("--resume", run, "--iterations", 3, log=log)) == 0, log.read_text()
+
+
+def test_weights_that_are_not_finite_do_not_start(start, tmp_path):
+    policy, log = policies.load_policy("openvla-tiny", start), tmp_path / "log"
+    policy.projector["fc1"].bias.data[0] = float("inf")
+    policy.save(tmp_path / "broken")
+    assert wait(train("--checkpoint", tmp_path / "broken", "--run-dir", tmp_path / "run", *FLAGS, log=log)) == 2
+    assert "error: the weight projector.fc1.bias is not finite" in log.read_text()
+
+
+def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
+    """The real launcher. One rank is killed: the other ends within a minute, with one sentence."""
+    run, flags = tmp_path / "run", ["4" if FLAGS[i - 1] == "--num-envs" else f for i, f in enumerate(FLAGS)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        ROOT / "tests/toy.py",
+        "--checkpoint",
+        start,
+    ]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TOY_SECONDS="0.02")
+    process = subprocess.Popen([*command, "--run-dir", run, "--iterations", "999", *flags], env=environment, cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    deadline = time.time() + 200
+    while not (run / "checkpoint-000002").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    killed = max(pid for pid in children if b"toy.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(killed, signal.SIGKILL)
+    began = time.time()
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.time() - began < 60
+    assert "error: another rank ended, so rank" in output and "Signal 9 (SIGKILL)" in output
+    assert all(torch.isfinite(p).all() for p in load_file(ppo_pair.newest_checkpoint(run) / "model.safetensors").values())
