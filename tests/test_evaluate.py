@@ -334,7 +334,7 @@ def toy_world(tmp_path, monkeypatch):
     """A checkpoint directory, and a policy and environments that need no simulator."""
     loaded = []
 
-    def load_policy(backbone, checkpoint, device):
+    def load_policy(backbone, checkpoint, device, dtype):
         loaded.append((backbone, checkpoint))
         if backbone == "broken":
             raise PolicyError("model.safetensors is cut short: copy it again")
@@ -344,9 +344,9 @@ def toy_world(tmp_path, monkeypatch):
         pass
 
     monkeypatch.setitem(
-        sys.modules, "policies", types.SimpleNamespace(PolicyError=PolicyError, load_policy=load_policy)
+        sys.modules, "policies", types.SimpleNamespace(PolicyError=PolicyError, load_policy=load_policy, DTYPES=dict(auto=None))
     )
-    monkeypatch.setattr(ev, "make_envs", lambda num_envs, assets, image_size: Toy(num_envs))
+    monkeypatch.setattr(ev, "make_envs", lambda num_envs, *_, **__: Toy(num_envs))
     (tmp_path / "args.json").write_text(json.dumps({"backbone": "toy", "assets": "builtin"}))
     return tmp_path, loaded
 
