@@ -1,7 +1,7 @@
 """The pick-and-place task of PAIR-VLA in ManiSkill3: "put {object} on plate", its out-of-distribution splits, N at a time.
 
     python envs.py --check                   # does this machine render? says what to install where it does not
-    python envs.py --gallery gallery.png     # one contact sheet: every split, the pair of views, the mask
+    python envs.py --download                # fetches what the pack `rl4vla` needs
 
 An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length; success does not end it.
 The simulator never renders by itself: a picture is taken where a policy looks, and a changed view is one more picture
@@ -52,9 +52,6 @@ from mani_skill.utils.structs.types import SimConfig
 from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
 from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial, RenderTexture2D
 from transforms3d.euler import euler2quat
-
-if __name__ == "__main__":
-    sys.modules["envs"] = sys.modules["__main__"]  # views.py then imports this very module, not a second copy of it
 
 ENV_ID = "PairVLA-PutOnPlate-v0"
 TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
@@ -910,12 +907,20 @@ def _padded(shape, dtype) -> int:
     return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
 
 
+def render_backend() -> str:
+    """ "gpu" where SAPIEN finds an NVIDIA GPU that can draw, else "cpu". Physics runs on the CPU either way."""
+    try:
+        return "gpu" if sapien.Device("cuda").can_render() else "cpu"
+    except RuntimeError:  # failed to find device "cuda"
+        return "cpu"
+
+
 def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
     """One bare environment in this process."""
     find_pack(assets)
     try:
-        env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=1, sim_backend="cpu", render_backend="cpu",
-                       pack=assets, image_size=image_size)  # fmt: skip
+        env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=1, sim_backend="cpu",
+                       render_backend=render_backend(), pack=assets, image_size=image_size)  # fmt: skip
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
@@ -1138,16 +1143,14 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line: preflight and contact sheet
+# Command line: preflight
 # ----------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
     check: bool = False
     """does this machine render? prints versions, driver, time of one frame, free space; says what to install if not"""
-    gallery: str | None = None
-    """PNG file to draw a contact sheet in: every split, and the pair of views with its mask"""
     assets: str = "builtin"
-    """asset pack: builtin or rl4vla"""
+    """asset pack that --check draws: builtin or rl4vla"""
     download: bool = False
     """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and started again"""
 
@@ -1160,7 +1163,7 @@ INSTALL = (
 
 def probe(assets: str):
     """Runs in a child process, because a broken driver may take its process down: prints one line of JSON."""
-    device = sapien.render.get_device_summary().strip()
+    device = sapien.render.get_device_summary().strip() + f"\nphysics on the CPU, pictures on the {render_backend().upper()}"
     start = time.perf_counter()
     env = make_env(assets)
     env.reset(seed=0, options=dict(episode_ids=[0], split="train"))
@@ -1207,86 +1210,13 @@ def check(assets: str):
     print("ok: this machine renders")
 
 
-def gallery(file: str, assets: str, tile: int = 224):
-    """One picture of every split (the same six episodes in each row) and of the pair of views, with labels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    import sft
-    import views
-
-    if not file.endswith(".png"):
-        raise Fault(f"--gallery {file}: the name must end in .png")
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        open(file, "ab").close()
-    except OSError as error:
-        raise Fault(f"cannot write --gallery {file}: {error.strerror}")
-    env = make_env(assets, tile)
-
-    def reset(episode_id, split):
-        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
-        return env.picture()[0].copy()
-
-    about = {
-        "train": "16 tables, 16 objects,\n6 x 6 grid, 4 yaws,\none distractor",
-        "texture": "5 held-out tables",
-        "lighting": "20 held-out lights",
-        "pose": "target on a ring outside\nthe training square,\nat held-out yaws",
-        "camera+20": "camera turned by 20 deg",
-        "camera-20": "and the other way",
-    }
-    about.update({f"clutter-{k}": f"{k} distractors,\nhalf of them held out" for k in (2, 4, 6, 8)})
-    splits = [*SPLITS, "camera+20", "camera-20"]
-    ids = range(6)
-    rows = [(name, about[name], [reset(i, name) for i in ids], None) for name in splits]
-    rows[0] = (*rows[0][:3], [f"episode {i}" for i in ids])
-    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
-                "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
-    for text, episode_id, lift, background, seeds in (
-        ("task-preserving (Eq. 5)\nand task-altering view\nof a training frame", 2, False, 5, (3, 1)),
-        ("the same with the target\nin the gripper: physics\ndoes not notice", 4, True, 9, (3, 2)),
-    ):
-        reset(episode_id, "train")
-        while lift and not (env.grasped and env.target_entity.pose.p[2] > TABLE_Z + 0.045):
-            env.step(sft.oracle(env))
-            env.elapsed += 1
-            assert env.elapsed < env.pack.max_episode_steps, "the scripted oracle should have lifted the target by now"
-        rgb, bodies = env.picture()
-        rgb, mask = rgb.copy(), env.foreground(bodies)
-        empty = views.render_backgrounds([env], [background])
-        o_pre = views.task_preserving(*(torch.from_numpy(x) for x in (rgb[None], mask[None], empty)))[0].numpy()
-        alt = [views.task_altering(env, np.random.default_rng(seed)).copy() for seed in seeds]
-        rows.append(("the pair", text, [rgb, np.uint8(255 * np.dstack([mask] * 3)), empty[0], o_pre, *alt], captions))
-
-    left, gap, head = 200, 4, 22
-    bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
-    sheet = Image.new("RGB", (left + 6 * (tile + gap), gap + sum(bottom)), "white")
-    draw, y = ImageDraw.Draw(sheet), gap
-    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
-    for title, text, pictures, captions in rows:
-        for j, picture in enumerate(pictures):
-            x = left + j * (tile + gap)
-            if captions is not None:
-                draw.text((x + 2, y + 2), captions[j], "black", small)
-            sheet.paste(Image.fromarray(picture), (x, y + head * (captions is not None)))
-        top = y + head * (captions is not None)
-        draw.text((10, top + 10), title, "black", big)
-        draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
-        y = top + tile + gap
-    palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
-    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
-    print(f"{file}: {sheet.width} x {sheet.height} pixels")
-
-
 def main(args: Args):
-    if not args.check and not args.download and args.gallery is None:
-        raise Fault("nothing to do: say --check, --download or --gallery FILE.png")
+    if not args.check and not args.download:
+        raise Fault("nothing to do: say --check or --download")
     if args.download:
         download()
     if args.check:
         check(args.assets)
-    if args.gallery is not None:
-        gallery(args.gallery, args.assets)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """How fast is the simulator here? `python tests/bench_envs.py` prints a markdown table; both sides of every ratio in one run.
 
 Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that a change of the
-machine's pace in mid-run meets both. Needs free cores: close what else is running. About three minutes.
+machine's pace in mid-run meets both. Needs free cores: close what else is running. About five minutes.
+
+    python tests/bench_envs.py                   # against plain ManiSkill's PickCube-v1
+    python tests/bench_envs.py --assets rl4vla   # against ManiSkill's PutCarrotOnPlateInScene-v1, read out as RL4VLA does
 """
+
 import os
 import sys
 import time
@@ -11,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PAIR_VLA_ASSETS" in os.environ:
+    os.environ.setdefault("MS_ASSET_DIR", os.environ["PAIR_VLA_ASSETS"])  # where the env of comparison looks for its stage
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +30,8 @@ import views
 
 @dataclass
 class Args:
+    assets: str = "builtin"
+    """asset pack: builtin or rl4vla"""
     seconds: float = 3.0
     """length of one window"""
     windows: int = 5
@@ -50,45 +58,53 @@ def medians(args: Args, **steps) -> dict[str, float]:
     return {name: float(np.median([rate[name] for rate in rates])) for name in steps}
 
 
-def builtin(vec: envs.VecEnv):
-    """One env step of all scenes, episodes starting over when they end (their resets are part of the time)."""
+PLAYING = {}  # which step function each vector environment is in the middle of an episode for
+
+
+def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
+    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets are part of the time)."""
     episode = [0]
     rng = np.random.default_rng(0)
     scale = np.array([0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0])
 
     def step():
-        if vec.elapsed in (0, vec.max_episode_steps):
-            vec.reset(range(episode[0], episode[0] + vec.num_envs))
+        if PLAYING.get(vec) is not step or vec.elapsed == vec.max_episode_steps:
+            PLAYING[vec] = step
+            vec.reset(range(episode[0], episode[0] + vec.num_envs), split)
             episode[0] += vec.num_envs
-        vec.step(torch.from_numpy((rng.uniform(-1, 1, (vec.num_envs, 1, 7)) * scale).astype(np.float32)))
+        vec.step(torch.from_numpy((rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * scale).astype(np.float32)))
         return vec.num_envs
 
-    vec.elapsed = 0
     return step
 
 
-def pick_cube(size: int):
-    """Plain ManiSkill: PickCube with an image and its segmentation at every step, nothing changed but the image's size."""
-    env = gym.make("PickCube-v1", obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu", render_backend="cpu",
-                   sensor_configs=dict(width=size, height=size))  # fmt: skip
+def plain_maniskill(assets: str, size: int):
+    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its scene at 640 x 480)."""
+    name, camera, options = {
+        "builtin": ("PickCube-v1", "base_camera", dict(sensor_configs=dict(width=size, height=size))),
+        "rl4vla": ("PutCarrotOnPlateInScene-v1", "3rd_view_camera", {}),
+    }[assets]
+    env = gym.make(name, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu",
+                   render_backend=envs.render_backend(), **options)  # fmt: skip
     env.reset(seed=0)
     env.action_space.seed(0)
+    length = envs.PACKS[assets].max_episode_steps
     count = [0]
 
     def step():
-        if count[0] % 20 == 0:
+        if count[0] % length == 0:
             env.reset(seed=count[0])
         count[0] += 1
-        obs = env.step(env.action_space.sample())[0]
-        assert obs["sensor_data"]["base_camera"]["rgb"].shape == (1, size, size, 3)
+        obs = env.step(0.05 * env.action_space.sample())[0]
+        assert obs["sensor_data"][camera]["rgb"].ndim == 4
         return 1
 
-    return step
+    return name, step
 
 
-def demonstrations(size: int):
+def demonstrations(assets: str, size: int):
     """Runs of sft.collect on one scene in this process, frames included; counts those that succeed."""
-    env = envs.make_env("builtin", size)
+    env = envs.make_env(assets, size)
     episode = [0]
 
     def step():
@@ -111,30 +127,41 @@ def compositing(size: int, batch: int = 64):
 
 def main(args: Args):
     torch.set_num_threads(1)
-    size = args.image_size or envs.PACKS["builtin"].image_size
-    options = dict(image_size=size)
+    size, n = args.image_size or envs.find_pack(args.assets).image_size, args.num_workers
+    name, plain_step = plain_maniskill(args.assets, size)
+
+    def make(n, **views):
+        return envs.make_envs(n, args.assets, num_workers=n, image_size=size, **views)
+
     with (
-        envs.make_envs(1, num_workers=1, **options) as plain,
-        envs.make_envs(1, num_workers=1, alter=views.task_altering, **options) as one,
-        envs.make_envs(args.num_workers, num_workers=args.num_workers, alter=views.task_altering, **options) as many,
+        make(1) as plain,
+        make(1, alter=views.task_altering) as one,
+        make(n, alter=views.task_altering) as many,
+        make(1, preserve=views.rerendered) as drawn,
     ):
-        rate = medians(args, plain=builtin(plain), one=builtin(one), many=builtin(many), pick_cube=pick_cube(size),
-                       demos=demonstrations(size), compose=compositing(size))  # fmt: skip
-    n = args.num_workers
+        rate = medians(
+            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"), chunks=episodes(plain, chunk=5),
+            one=episodes(one), many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
+            demos=demonstrations(args.assets, size), compose=compositing(size),
+        )  # fmt: skip
+    pack = f"`{args.assets}`"
     rows = [
-        ("`builtin`, image + altered view, one process", f"{rate['one']:.0f} env steps/s"),
-        ("`builtin`, image only, one process", f"{rate['plain']:.0f} env steps/s"),
-        (f"`builtin`, image + altered view, {n} processes", f"{rate['many']:.0f} env steps/s"),
-        ("plain `PickCube-v1`, rgb+segmentation, one process", f"{rate['pick_cube']:.0f} env steps/s"),
-        ("`builtin` with the altered view / `PickCube-v1`", f"{rate['one'] / rate['pick_cube']:.1f} x"),
+        (f"{pack}, image + altered view, one process", f"{rate['one']:.0f} env steps/s"),
+        (f"{pack}, image only, one process", f"{rate['plain']:.0f} env steps/s"),
+        (f"{pack}, image only, `clutter-8`, one process", f"{rate['clutter']:.0f} env steps/s"),
+        (f"{pack}, an image every 5 steps, one process", f"{rate['chunks']:.0f} decisions/s"),
+        (f"{pack}, image + altered view, {n} processes", f"{rate['many']:.0f} env steps/s"),
+        (f"plain `{name}`, rgb+segmentation, one process", f"{rate['maniskill']:.0f} env steps/s"),
+        (f"{pack} with the altered view / `{name}`", f"{rate['one'] / rate['maniskill']:.1f} x"),
         (f"{n} processes / one", f"{rate['many'] / rate['one']:.2f} x"),
         ("an altered view costs", f"{1000 / rate['one'] - 1000 / rate['plain']:.1f} ms"),
+        ("a re-rendered o_pre costs", f"{1000 / rate['drawn'] - 1000 / rate['plain']:.1f} ms"),
         ("a composite (Eq. 5) costs", f"{1000 / rate['compose']:.2f} ms"),
         ("successful demonstrations, one process", f"{60 * rate['demos']:.0f} per minute"),
     ]
     print(f"\n| {size} x {size} pixels, {len(os.sched_getaffinity(0))} cores | |\n|---|---|")
-    for name, value in rows:
-        print(f"| {name} | {value} |")
+    for row, value in rows:
+        print(f"| {row} | {value} |")
 
 
 if __name__ == "__main__":

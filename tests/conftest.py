@@ -1,15 +1,38 @@
-"""What the tests of the simulator share: one scene for all of them, and its whole state as one vector."""
+"""What the tests of the simulator share: one scene of each pack for all of them, and its whole state as one vector."""
+
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sapien.physx import PhysxRigidDynamicComponent
 
 import envs
 
+SHARED = Path(__file__).parents[2] / "shared/assets"
+if SHARED.is_dir():
+    os.environ.setdefault("PAIR_VLA_ASSETS", str(SHARED))
+needs_rl4vla = pytest.mark.skipif(bool(envs.faulty_assets()), reason="no assets of the pack rl4vla: see envs.py --download")
+PACKS = ["builtin", pytest.param("rl4vla", marks=needs_rl4vla)]
+
 
 @pytest.fixture(scope="session")
 def env():
     """One scene in this process. A test that compares bits starts it with `start(env, i)`."""
     return envs.make_env("builtin")
+
+
+@pytest.fixture(scope="session")
+def scene(env):
+    """scene(pack): one scene of either pack, small pictures."""
+    made = {"builtin": env}
+
+    def scene(pack):
+        if pack not in made:
+            made[pack] = envs.make_env(pack, 96)
+        return made[pack]
+
+    return scene
 
 
 @pytest.fixture(scope="session")

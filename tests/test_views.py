@@ -1,4 +1,5 @@
 """views.py: Eq. (5) pixel by pixel, the mask, the backgrounds, and that an altered view does not disturb physics."""
+
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import sapien
 import torch
+from conftest import PACKS
 
 import envs
 import sft
@@ -50,7 +52,7 @@ def grasp(env, start, episode_id, split="train"):
     while not (env.grasped and env.target_entity.pose.p[2] > envs.TABLE_Z + 0.04):
         env.step(sft.oracle(env))
         env.elapsed += 1
-        assert env.elapsed < 20
+        assert env.elapsed < env.pack.max_episode_steps
 
 
 @pytest.mark.parametrize("split, held", [("clutter-4", False), ("train", True)])
@@ -112,25 +114,27 @@ def set_pose_and_back(env, rng):
     return picture
 
 
-def test_physics_does_not_notice_an_altered_view(env, start, full_state):
-    """20 steps with a grasp, to the last bit: states and frames with and without an altered view after every step."""
+@pytest.mark.parametrize("pack", PACKS[:1])
+def test_physics_does_not_notice_a_view(scene, start, full_state, pack):
+    """80 steps with a grasp, to the last bit: states and frames with and without rendered views after every step."""
+    env = scene(pack)
 
-    def rollout(look):
-        start(env, 0, "clutter-2")
+    def rollout(*looks):
+        start(env, 0, "camera+-15:15")  # with the cameras that other_camera needs, and a distractor to hide
         states, frames, held = [], [], []
-        for step in range(20):
+        for step in range(80):
             frames.append(env.picture()[0].copy())
-            if look is not None:
+            for look in looks:
                 look(env, np.random.default_rng(step))
             env.step(sft.oracle(env))
             states.append(full_state(env))
             held.append(env.grasped)
         return np.array(states), np.array(frames), held
 
-    states, frames, held = rollout(None)
+    states, frames, held = rollout()
     assert sum(held) >= 3 and env.success
-    altered_states, altered_frames, _ = rollout(views.task_altering)
-    assert np.array_equal(states, altered_states) and np.array_equal(frames, altered_frames)
+    seen_states, seen_frames, _ = rollout(views.task_altering, views.rerendered, views.other_camera)
+    assert np.array_equal(states, seen_states) and np.array_equal(frames, seen_frames)
     naive_states, *_ = rollout(set_pose_and_back)
     assert not np.array_equal(states, naive_states)  # so the comparison above can tell
 
@@ -183,12 +187,60 @@ def test_the_perturbation_is_as_stated(monkeypatch):
     assert values.tolist() == [0, 45, 90, 135] and np.abs(counts - 2000).max() < 200
 
 
+# ---------------------------------------------------------------------------------------------------- o_pre, rendered
+@pytest.mark.parametrize("pack", PACKS[:1])
+@pytest.mark.parametrize("held", [False, True])
+def test_composite_and_rerender_agree(scene, start, pack, held):
+    """Inside the mask they are the same picture, but for what a distractor hid; outside, both show the empty table."""
+    env = scene(pack)
+    if held:
+        grasp(env, start, 4)
+    else:
+        start(env, 11, "clutter-8", exact=False)  # a distractor stands in front of the target or the plate
+    rgb, ids = (x.copy() for x in env.picture())
+    mask = env.foreground(ids)
+    table = int(np.random.default_rng(3).integers(16))
+    rerender = views.rerendered(env, np.random.default_rng(3)).copy()
+    assert np.array_equal(env.picture()[0], rgb) and env.table_now == env.episode.table != table  # all is as before
+    background = torch.from_numpy(views.render_backgrounds([env], [table]))
+    composite = views.task_preserving(torch.from_numpy(rgb)[None], torch.from_numpy(mask)[None], background)[0].numpy()
+    assert np.array_equal(composite[mask], rerender[mask])
+    differ = (composite != rerender).any(-1)
+    with views.hidden(env.objects[i]._objs[0] for i in env.episode.distractors):
+        behind = env.foreground(env.picture()[1]) & ~mask  # foreground that a distractor stood in front of
+    assert np.array_equal(differ, behind & differ) and differ.sum() <= behind.sum()
+    assert held or behind.any()  # else this would have compared nothing
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_other_camera_is_the_frame_of_that_camera(scene, start, pack):
+    """What the view shows of episode i from N degrees is the frame of episode i in the split camera+N."""
+    env = scene(pack)
+    frames = {}
+    for degrees in (-10, 0, 10):
+        start(env, 2, f"camera{degrees:+d}")
+        frames[degrees] = env.picture()[0].copy()
+    start(env, 2, "camera+-10:10")
+    here = int(env.episode.camera_deg)
+    assert np.array_equal(env.picture()[0], frames[here])
+    seen = set()
+    for seed in range(12):
+        view = views.other_camera(env, np.random.default_rng(seed)).astype(int)
+        seen.add(min(frames, key=lambda degrees: np.abs(view - frames[degrees]).sum()))
+        assert min(np.abs(view - frame).max() for frame in frames.values()) <= 1
+    assert seen == set(frames) - {here}
+    assert np.array_equal(env.picture()[0], frames[here])
+
+
 def test_vectorised_views():
-    """rgb_alt depends on (alter_seed, episode, step) alone; backgrounds come from whichever workers there are."""
-    with envs.make_envs(2, num_workers=2, image_size=48, alter=views.task_altering) as vec:
+    """rgb_alt and rgb_pre depend on (alter_seed, episode, step) alone; backgrounds come from whichever workers there are."""
+    options = dict(image_size=48, alter=views.task_altering, preserve=views.rerendered)
+    with envs.make_envs(2, num_workers=2, **options) as vec:
         first = vec.reset([3, 4], exact=True, alter_seed=5)
-        assert first["rgb_alt"].shape == (2, 48, 48, 3) and first["rgb_alt"].dtype == torch.uint8
-        assert (first["rgb_alt"] != first["rgb"]).flatten(1).any(1).all()
+        for name in ("rgb_alt", "rgb_pre"):
+            assert first[name].shape == (2, 48, 48, 3) and first[name].dtype == torch.uint8
+            assert (first[name] != first["rgb"]).flatten(1).any(1).all()
+        assert torch.equal(first["rgb_pre"][first["mask"]], first["rgb"][first["mask"]])
         action = torch.zeros(2, 2, 7)
         later = vec.step(action)[0]
         tables = views.backgrounds(vec)

@@ -1,0 +1,118 @@
+"""One contact sheet: the same six episodes in every split, and the views of a frame with their mask.
+
+python tests/gallery.py docs/gallery.png
+python tests/gallery.py docs/gallery_rl4vla.png --assets rl4vla
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+import envs
+import sft
+import views
+
+ABOUT = {
+    "train": "16 tables, 16 objects,\n6 x 6 grid, 4 yaws,\none distractor",
+    "texture": "5 held-out tables",
+    "lighting": "20 held-out lights",
+    "pose": "target on a ring outside\nthe training square,\nat held-out yaws",
+    **{f"clutter-{k}": f"{k} distractors,\nhalf of them held out" for k in (2, 4, 6, 8)},
+    "camera+15": "camera turned by 15 deg",
+    "camera-15": "and the other way",
+}
+
+
+def pictures(env) -> list:
+    """Rows of (title, text, six pictures, captions or None)."""
+
+    def reset(episode_id, split):
+        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        return env.picture()[0].copy()
+
+    def look():
+        rgb, bodies = env.picture()
+        return rgb.copy(), env.foreground(bodies)
+
+    def composite(rgb, mask, empty):
+        return views.task_preserving(*(torch.from_numpy(x) for x in (rgb[None], mask[None], empty)))[0].numpy()
+
+    rows = [(name, text, [reset(i, name) for i in range(6)], None) for name, text in ABOUT.items()]
+    rows[0] = (*rows[0][:3], [f"episode {i}" for i in range(6)])
+    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
+                "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
+    for text, episode_id, lift, background, seeds in (
+        ("task-preserving (Eq. 5)\nand task-altering view\nof a training frame", 2, False, 5, (3, 1)),
+        ("the same with the target\nin the gripper: physics\ndoes not notice", 4, True, 9, (3, 2)),
+    ):
+        reset(episode_id, "train")
+        while lift and not (env.grasped and env.target_entity.pose.p[2] > envs.TABLE_Z + 0.045):
+            env.step(sft.oracle(env))
+            env.elapsed += 1
+            assert env.elapsed < env.pack.max_episode_steps, "the scripted oracle should have lifted the target by now"
+        rgb, mask = look()
+        empty = views.render_backgrounds([env], [background])
+        alt = [views.task_altering(env, np.random.default_rng(seed)).copy() for seed in seeds]
+        shown = np.uint8(255 * np.dstack([mask] * 3))
+        rows.append(("the pair", text, [rgb, shown, empty[0], composite(rgb, mask, empty), *alt], captions))
+
+    reset(11, "clutter-8")
+    rgb, mask = look()
+    table = int(np.random.default_rng(3).integers(16))
+    pre = composite(rgb, mask, views.render_backgrounds([env], [table]))
+    drawn = views.rerendered(env, np.random.default_rng(3)).copy()
+    difference = np.uint8(np.minimum(255, 3 * np.abs(pre.astype(int) - drawn)))
+    turned = [reset(2, "camera+-15:15"), views.other_camera(env, np.random.default_rng(0)).copy()]
+    rows.append(
+        (
+            "o_pre, 3 ways",
+            "a composite has bites\nwhere a distractor stood\nin front; a re-render\nhas not",
+            [rgb, pre, drawn, difference, *turned],
+            ["o", "--pre-view composite", "--pre-view rerender", "their difference x 3", "o", "--pre-view camera"],
+        )
+    )
+    return rows
+
+
+def main(file: Annotated[str, tyro.conf.Positional], assets: str = "builtin", tile: int = 224):
+    if not file.endswith(".png"):
+        raise envs.Fault(f"{file}: the name must end in .png")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        open(file, "ab").close()
+    except OSError as error:
+        raise envs.Fault(f"cannot write {file}: {error.strerror}")
+    rows = pictures(envs.make_env(assets, tile))
+    left, gap, head = 200, 4, 22
+    bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
+    sheet = Image.new("RGB", (left + 6 * (tile + gap), gap + sum(bottom)), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
+    for title, text, shown, captions in rows:
+        for j, picture in enumerate(shown):
+            x = left + j * (tile + gap)
+            if captions is not None:
+                draw.text((x + 2, y + 2), captions[j], "black", small)
+            sheet.paste(Image.fromarray(picture), (x, y + head * (captions is not None)))
+        top = y + head * (captions is not None)
+        draw.text((10, top + 10), title, "black", big)
+        draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
+        y = top + tile + gap
+    palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
+    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
+    print(f"{file}: {sheet.width} x {sheet.height} pixels")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except envs.Fault as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
