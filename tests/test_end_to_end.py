@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import envs
 import policies
@@ -36,7 +37,8 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "pair"
-    flags = SMALL.replace("--eval-episodes 0", "--eval-episodes 2")
+    flags = SMALL.replace("--eval-episodes 0", "--eval-episodes 2")  # adapters: train, evaluate, resume
+    flags += " --lora-rank 4 --lora-alpha 8 --lora-targets q_proj v_proj qkv --gradient-checkpointing True"
     done = run("ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(run_dir), "--iterations", "2", *flags.split())
     assert done.returncode == 0, done.stderr
     return run_dir, done
@@ -44,9 +46,15 @@ def trained(start, tmp_path_factory):
 
 def test_training_moves_the_policy_logs_and_evaluates(start, trained):
     run_dir, done = trained
-    before, after = (policies.load_policy("openvla-tiny", d) for d in (start, run_dir / "checkpoint-000002"))
-    moved = [name for (name, p), q in zip(before.named_parameters(), after.parameters()) if not torch.equal(p, q)]
-    assert any("language_model" in name for name in moved) and any("featurizer" in name for name in moved)
+    config = json.loads((run_dir / "checkpoint-000002/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8) and set(config["target_modules"]) == {"q_proj", "v_proj", "qkv"}
+    before, after = (policies.load_policy("openvla-tiny", d).state_dict() for d in (start, run_dir / "checkpoint-000002"))
+    moved = [key for key, p in after.items() if ".lora_B" in key and p.abs().max() > 0]
+    assert any("language_model" in key for key in moved) and any("featurizer" in key for key in moved)
+    frozen = {
+        key.replace(".base_layer.", "."): p for key, p in after.items() if ".lora_" not in key and "value_head" not in key
+    }
+    assert all(torch.equal(p, before[key]) for key, p in frozen.items())
     health = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if "ratio_dev" in line]
     assert len(health) == 2 and all(word in health[0] for word in ("inv_kl", "sen_kl", "sen_clipped", "unrelated_kl"))
     deviation = float(health[0].split("ratio_dev ")[1].split()[0])
@@ -61,6 +69,9 @@ def test_resume_goes_on_where_it_stopped(trained):
     run_dir, _ = trained
     done = run("ppo_pair.py", "--resume", str(run_dir), "--iterations", "3", timeout=600)
     assert done.returncode == 0, done.stderr
+    adapters = [load_file(run_dir / f"checkpoint-00000{i}/adapter_model.safetensors") for i in (2, 3)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert not any(torch.equal(p, adapters[1][key]) for key, p in adapters[0].items() if "lora_B" in key)
     state = torch.load(run_dir / "checkpoint-000003/trainer.pt", weights_only=True)
     assert state["iteration"] == 3 and len(state["successes"]) == 3
 
@@ -70,6 +81,9 @@ def test_ppo_baseline_computes_no_views(start, tmp_path):
                "--inv-coef", "0", "--sen-coef", "0", *SMALL.split())  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "inv_kl" not in done.stdout + done.stderr and "unrelated_kl" not in done.stdout + done.stderr
+    before, after = (load_file(d / "model.safetensors") for d in (start, tmp_path / "ppo/checkpoint-000001"))
+    moved = [key for key, p in after.items() if not torch.equal(p, before[key])]
+    assert any("language_model" in key for key in moved) and any("featurizer" in key for key in moved)
 
 
 @pytest.mark.parametrize(
