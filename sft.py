@@ -23,9 +23,13 @@ import numpy as np
 import sapien
 import torch
 import torch.nn.functional as F
+import trimesh
 import tyro
+from sapien.physx import PhysxRigidDynamicComponent
 from torch import nn
 from tqdm import tqdm
+from transforms3d.axangles import axangle2mat, mat2axangle
+from transforms3d.euler import mat2euler
 
 import envs
 import policies
@@ -62,6 +66,8 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
 
     Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
     """
+    if env.pack.name == "rl4vla":
+        return oracle_widowx(env)
     tcp, target, plate = env.tcp_entity.pose.p, env.target_entity.pose.p, env.plate_entity.pose.p
     half = env.target_half_z
     move, turn, gripper = np.zeros(3), 0.0, 1.0
@@ -93,6 +99,107 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
     move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
     move = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> the robot's base frame
     return np.array([*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32)
+
+
+def oracle_widowx(env: envs.PutOnPlate) -> np.ndarray:
+    """The same phases for the pack `rl4vla`: scanned objects, a hand that must be kept upright, a gripper that opens 5 cm.
+
+    Deltas are counted from the commanded pose, as the controller counts them.
+    """
+    command = env.pack.base_pose * env.agent.controller.controllers["arm"]._target_pose.sp
+    tcp, target, plate = env.tcp_entity.pose, env.target_entity.pose, env.plate_entity.pose.p
+    opening = float(env.agent.robot._objs[0].qpos[-1])  # metres, 0.014 closed to 0.038
+    points = surface(env) @ target.to_transformation_matrix()[:3, :3].T + target.p
+    bottom, top = points[:, 2].min(), points[:, 2].max()
+    carried = opening < 0.033 and bottom > envs.TABLE_Z + 0.012 and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
+    over_plate = np.linalg.norm(target.p[:2] - plate[:2])
+    low = bottom < envs.TABLE_Z + 0.022 and over_plate < (0.03 if env.grasped else 0.05)
+    placed = env.success or (low and tcp.p[2] < envs.TABLE_Z + 0.14)
+    goal, turn, gripper = command.p.copy(), None, 1.0
+    if placed:
+        if opening > 0.035:
+            goal[2] = envs.TABLE_Z + 0.15
+    elif env.grasped or carried:
+        gripper = -1.0
+        if over_plate > (0.015 if bottom > envs.TABLE_Z + 0.05 else 0.03):
+            goal[2] += envs.TABLE_Z + 0.07 - bottom
+            if bottom > envs.TABLE_Z + 0.045:
+                goal[:2] += plate[:2] - target.p[:2]
+        else:
+            goal[2] += envs.TABLE_Z + 0.014 - bottom
+    else:
+        grasp, yaw = grasp_widowx(env, points, bottom, top)
+        turn = upright(yaw) @ command.to_transformation_matrix()[:3, :3].T
+        near = np.linalg.norm(grasp - command.p)
+        aligned = np.linalg.norm((grasp - command.p)[:2]) < 0.008 and rotation_vector(turn)[1] < 0.08
+        if near < (0.006 if opening > 0.035 else 0.025) and opening > 0.0155:
+            goal, turn, gripper = command.p, None, -1.0
+        else:
+            goal = grasp.copy()
+            if not aligned:
+                goal[2] = max(grasp[2] + 0.07, envs.TABLE_Z + 0.10)
+    move = goal - command.p
+    move *= min(1.0, 0.03 / max(np.linalg.norm(move), 1e-9))
+    to_base = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3]
+    angles = np.zeros(3)
+    if turn is not None:
+        axis, angle = rotation_vector(turn)
+        small = axangle2mat(axis, min(angle, 0.35))
+        angles = mat2euler(to_base @ small @ to_base.T, "rxyz")
+    return np.array([*(to_base @ move), *angles, gripper], np.float32)
+
+
+def rotation_vector(rotation) -> tuple[np.ndarray, float]:
+    axis, angle = mat2axangle(rotation)
+    return (axis, angle) if angle >= 0 else (-axis, -angle)
+
+
+def upright(yaw: float) -> np.ndarray:
+    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y axis)."""
+    down, close = np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0])
+    return np.stack([down, close, np.cross(down, close)], 1)
+
+
+SURFACES = {}  # index in the pack rl4vla -> surface()
+
+
+def surface(env: envs.PutOnPlate) -> np.ndarray:
+    """(1500, 3) metres: points on the target's collision shapes, in its own frame."""
+    i = env.episode.target
+    if i not in SURFACES:
+        shapes = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent).collision_shapes
+        parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
+        SURFACES[i] = trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
+    return SURFACES[i]
+
+
+def grasp_widowx(env, points, bottom, top) -> tuple[np.ndarray, float]:
+    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of mass."""
+    body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
+    middle = (env.target_entity.pose * body.cmass_local_pose).p[:2]
+    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar is 2.1 cm above it.
+    z = max(min((top + bottom) / 2, top - 0.004), envs.TABLE_Z + 0.017, top - 0.019)
+    slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
+    axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
+    now = np.arctan2(axis[1], axis[0])
+    best, found = np.inf, None
+    for yaw in np.deg2rad(np.arange(0, 180, 7.5)):
+        close, side = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
+        u, v = slab @ close, slab @ side
+        turn = (yaw - now + np.pi / 2) % np.pi - np.pi / 2
+        for shift in np.arange(-0.03, 0.031, 0.0075):
+            left, right = (np.abs(v - shift + d) < 0.0045 for d in (0.0045, -0.0045))
+            if left.sum() < 3 or right.sum() < 3:
+                continue
+            ends = np.array([[u[half].min(), u[half].max()] for half in (left, right)])
+            low, high = ends[:, 0].min(), ends[:, 1].max()
+            slope = np.abs(ends[0] - ends[1]).sum()  # of faces that are not parallel the object is squeezed out
+            cost = 2.5 * slope + 2 * max(high - low - 0.02, 0) + 0.8 * np.hypot((low + high) / 2, shift) + 0.02 * abs(turn)
+            cost += 10 * (high - low > 0.05) + (high - low < 0.013)  # the gripper's opening, and its gap when closed
+            if cost < best:
+                best, found = cost, ((low + high) / 2 * close + shift * side, now + turn)
+    offset, yaw = found
+    return np.array([*(middle + offset), z]), yaw
 
 
 def grasp_turn(env: envs.PutOnPlate) -> float:

@@ -329,7 +329,7 @@ def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
         assert (rgb[~photo] != photos[env.episode.table][~photo]).any(-1).mean() > 0.9
 
 
-@pytest.mark.parametrize("pack", PACKS[:1])
+@pytest.mark.parametrize("pack", PACKS)
 def test_rewards_by_brute_force(scene, start, pack):
     env = scene(pack)
     start(env, 0)
@@ -382,12 +382,19 @@ def test_oracle(env, start):
     assert solved(env, start, range(16)) >= 14
 
 
+@needs_rl4vla
+def test_oracle_of_rl4vla(scene, start):
+    assert solved(scene("rl4vla"), start, range(6)) >= 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pack, split, n, least", [
     ("builtin", "train", 64, 0.95),
+    pytest.param("rl4vla", "train", 128, 0.95, marks=needs_rl4vla),
+    pytest.param("rl4vla", "clutter-8", 48, 0.85, marks=needs_rl4vla),
 ])  # fmt: skip
 def test_oracle_on_many(scene, start, pack, split, n, least):
-    assert solved(scene(pack), start, range(1000, 1000 + n), split) >= least * n
+    assert solved(scene(pack), start, range(n), split) >= least * n
 
 
 # ---------------------------------------------------------------------------------------------------- many scenes

@@ -114,7 +114,7 @@ def set_pose_and_back(env, rng):
     return picture
 
 
-@pytest.mark.parametrize("pack", PACKS[:1])
+@pytest.mark.parametrize("pack", PACKS)
 def test_physics_does_not_notice_a_view(scene, start, full_state, pack):
     """80 steps with a grasp, to the last bit: states and frames with and without rendered views after every step."""
     env = scene(pack)
@@ -188,7 +188,7 @@ def test_the_perturbation_is_as_stated(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- o_pre, rendered
-@pytest.mark.parametrize("pack", PACKS[:1])
+@pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("held", [False, True])
 def test_composite_and_rerender_agree(scene, start, pack, held):
     """Inside the mask they are the same picture, but for what a distractor hid; outside, both show the empty table."""
