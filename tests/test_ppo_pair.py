@@ -230,3 +230,109 @@ def test_it_does_not_learn_where_the_mask_hides_the_image(monkeypatch):
     layout = policies.OpenVLA._layout
     monkeypatch.setattr(policies.OpenVLA, "_layout", no_patches)
     assert learn_toy(25) < 0.4
+
+
+# ------------------------------------------------------------------------------------------------ against another PPO
+def another_ppo(policy, args, iterations):
+    """PPO as the papers write it, one sample at a time where that is possible -> its parameters after `iterations`."""
+    toy, optimizer = Toy(args.num_envs), sgd(policy, 0.01)
+    for iteration in range(iterations):
+        samples = []  # dicts, of step t and environment n at t * N + n
+        for _ in range(args.num_steps // toy.max_episode_steps):
+            obs, done = toy.reset(range(iteration * 100, iteration * 100 + args.num_envs)), False
+            while not done:
+                decision = policy.act(obs, toy.instructions)
+                with torch.no_grad():
+                    logits, value = policy(policy.preprocess(obs["rgb"]), *policy.tokenize(toy.instructions), decision.latent)
+                old = torch.distributions.Categorical(logits=logits).log_prob(decision.latent - policy.action_begin).sum(1)
+                rgb, (obs, reward, dones, _) = obs["rgb"], toy.step(decision.actions)
+                done = bool(dones.all())
+                for n in range(args.num_envs):
+                    samples.append(dict(rgb=rgb[n], latent=decision.latent[n], old=old[n], value=value[n], reward=reward[n],
+                                        done=done))  # fmt: skip
+        following = {n: (torch.tensor(0.0), torch.tensor(0.0)) for n in range(args.num_envs)}  # value, advantage
+        for i in reversed(range(len(samples))):
+            s, (value, advantage) = samples[i], following[i % args.num_envs]
+            alive = 0.0 if s["done"] else 1.0
+            s["advantage"] = s["reward"] + args.gamma * alive * value - s["value"]
+            s["advantage"] = s["advantage"] + args.gamma * args.gae_lambda * alive * advantage
+            s["return"], following[i % args.num_envs] = s["advantage"] + s["value"], (s["value"], s["advantage"])
+        raw = torch.stack([s["advantage"] for s in samples])
+        for s in samples:
+            s["advantage"] = (s["advantage"] - raw.mean()) / (((raw - raw.mean()) ** 2).mean().sqrt() + 1e-5)
+        torch.manual_seed(iteration)
+        for _ in range(args.update_epochs):
+            for inds, size in list(ppo_pair.minibatches(args, args.num_steps, None)):
+                mb = [samples[i] for i in inds.tolist()]
+                rgb, latent = (torch.stack([s[k] for s in mb]) for k in ("rgb", "latent"))
+                logits, values = policy(policy.preprocess(rgb), *policy.tokenize(toy.instructions[:1] * size), latent)
+                new = torch.distributions.Categorical(logits=logits).log_prob(latent - policy.action_begin).sum(1)
+                loss = 0.0
+                for s, logprob, value in zip(mb, new, values):
+                    ratio, low, high = (logprob - s["old"]).exp(), 1 - args.clip_coef, 1 + args.clip_coef
+                    loss = loss - min(ratio * s["advantage"], ratio.clip(low, high) * s["advantage"])
+                    near = s["value"] + (value - s["value"]).clip(-args.value_clip, args.value_clip)
+                    errors = [(v - s["return"]).abs() for v in (value, near)]
+                    loss = loss + max(e**2 / 2 if e < 10 else 10 * (e - 5) for e in errors)
+                optimizer.zero_grad()
+                (loss / size).backward()
+                norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
+                for p in policy.parameters():
+                    if p.grad is not None and norm > args.max_grad_norm:
+                        p.grad *= args.max_grad_norm / norm
+                optimizer.step()
+    return list(policy.parameters())
+
+
+def test_pair_with_zero_coefficients_is_ppo():
+    """1e-4 (relative) of the way that the weights went, in float32, against an implementation of its own."""
+    args = toy_args(num_steps=4, batch_size=16, device_batch_size=5, update_epochs=2, max_grad_norm=2.0, gamma=0.9)
+    policy = toy_policy_with_seed()
+    start, other = [p.clone() for p in policy.parameters()], copy.deepcopy(policy)
+    torch.manual_seed(5)
+    expected = another_ppo(other, args, 2)
+    optimizer, toy = sgd(policy, 0.01), Toy(16)
+    torch.manual_seed(5)
+    for iteration in range(2):
+        args.device_batch_size = 16
+        ids = iter([*range(iteration * 100, iteration * 100 + 16)] * 2)
+        batch, _ = ppo_pair.rollout(args, policy, toy, ids, torch.device("cpu"))
+        args.device_batch_size = 5
+        torch.manual_seed(iteration)
+        ppo_pair.update(args, policy, optimizer, batch)
+    moved = [[p - q for p, q in zip(parameters, start)] for parameters in (policy.parameters(), expected)]
+    assert distance(*moved) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ guards
+def test_a_policy_that_goes_blind_is_noticed():
+    """All of inv_kl, sen_kl, unrelated_kl below a fifth of the first, over five iterations."""
+    first, low = [1.0, 0.5, 2.0], [0.1, 0.05, 0.2]
+    assert ppo_pair.going_blind([first] * 3 + [low] * 5)
+    assert not ppo_pair.going_blind([first] * 3 + [low] * 3)  # not for long enough
+    assert not ppo_pair.going_blind([first] + [low[:2] + [2.0]] * 9)  # it still tells frames apart: it has learnt to ignore
+    assert not ppo_pair.going_blind([first] + [[0.1, 0.5, 0.2]] * 9)
+    assert not ppo_pair.going_blind([]) and not ppo_pair.going_blind([first] * 9)
+    assert ppo_pair.going_blind([[1.0, 2.0]] + [[0.1, 0.2]] * 5)  # only one of the two losses: two KLs
+
+
+def test_a_parameter_that_would_not_learn_stops_the_run():
+    args, policy = toy_args(batch_size=64), toy_policy_with_seed()
+    batch = toy_rollout(args, policy)
+    policy.unused = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ppo_pair.sim.Fault, match="unused is to be trained but gets no gradient"):
+        ppo_pair.update(args, policy, sgd(policy), batch)
+    optimizer = sgd(policy)
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not policy.unused]
+    with pytest.raises(ppo_pair.sim.Fault, match="unused is to be trained but is not on the optimizer"):
+        ppo_pair.update(args, policy, optimizer, batch)
+
+
+def test_a_policy_that_does_not_see_does_not_start():
+    policy, obs = toy_policy_with_seed(), Toy(4).look()
+    ppo_pair.check_sight(policy, obs, ["put red cube on plate"] * 4)
+    with pytest.raises(ppo_pair.sim.Fault, match="the target here and there"):
+        ppo_pair.check_sight(policy, dict(obs, rgb_alt=obs["rgb"]), ["put red cube on plate"] * 4)
+    torch.nn.init.zeros_(policy.projector["fc3"].weight)
+    with pytest.raises(ppo_pair.sim.Fault, match="black and a white image"):
+        ppo_pair.check_sight(policy, obs, ["put red cube on plate"] * 4)
