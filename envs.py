@@ -1149,8 +1149,10 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
 class Args:
     check: bool = False
     """does this machine render? prints versions, driver, time of one frame, free space; says what to install if not"""
+    gallery: str | None = None
+    """PNG file to draw a contact sheet in: every split, and the views with their mask (gallery.py)"""
     assets: str = "builtin"
-    """asset pack that --check draws: builtin or rl4vla"""
+    """asset pack that is drawn: builtin or rl4vla"""
     download: bool = False
     """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and started again"""
 
@@ -1211,17 +1213,23 @@ def check(assets: str):
 
 
 def main(args: Args):
-    if not args.check and not args.download:
-        raise Fault("nothing to do: say --check or --download")
+    if not (args.check or args.download or args.gallery):
+        raise Fault("nothing to do: say --check, --gallery FILE.png or --download")
     if args.download:
         download()
     if args.check:
         check(args.assets)
+    if args.gallery:
+        import gallery  # which imports this file
+
+        gallery.draw_sheet(args.gallery, args.assets)
 
 
 if __name__ == "__main__":
+    import envs  # this file once more, under the name by which the others know it
+
     try:
-        main(tyro.cli(Args))
-    except Fault as error:
+        envs.main(tyro.cli(envs.Args))
+    except envs.Fault as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

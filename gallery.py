@@ -1,18 +1,13 @@
 """One contact sheet: the same six episodes in every split, and the views of a frame with their mask.
 
-python tests/gallery.py docs/gallery.png
-python tests/gallery.py docs/gallery_rl4vla.png --assets rl4vla
+python envs.py --gallery docs/gallery.png
+python envs.py --gallery docs/gallery_rl4vla.png --assets rl4vla
 """
 
-import sys
 from pathlib import Path
-from typing import Annotated
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 import envs
@@ -81,7 +76,8 @@ def pictures(env) -> list:
     return rows
 
 
-def main(file: Annotated[str, tyro.conf.Positional], assets: str = "builtin", tile: int = 224):
+def draw_sheet(file: str, assets: str, tile: int = 224):
+    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be written."""
     if not file.endswith(".png"):
         raise envs.Fault(f"{file}: the name must end in .png")
     try:
@@ -108,11 +104,3 @@ def main(file: Annotated[str, tyro.conf.Positional], assets: str = "builtin", ti
     palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
     sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
     print(f"{file}: {sheet.width} x {sheet.height} pixels")
-
-
-if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except envs.Fault as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

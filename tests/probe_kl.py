@@ -1,0 +1,82 @@
+"""How far apart are a policy's actions on paired views? `python tests/probe_kl.py CHECKPOINT [CHECKPOINT ...]`
+
+The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is then asked about those very
+frames, actions and views, so that the columns differ by the weights alone. Mean KL in nats (over a decision's dimensions and
+over frames), with the 95 % interval of its change against the first checkpoint by a bootstrap over episodes:
+
+held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv should lower
+moved target     o against the target drawn elsewhere: what L_sen should keep up
+unrelated        o against another episode's frame: falls too when a policy stops looking
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+import envs
+import evaluate
+import policies
+import views
+
+HELD_OUT_TABLES = [16, 17, 18, 19, 20]
+
+
+@dataclass
+class Args:
+    checkpoints: Positional[tuple[str, ...]]
+    """checkpoint directories; the first one plays"""
+    episodes: int = 64
+    """episodes of the split train"""
+    backbone: str = "openvla-tiny"
+    """of all checkpoints"""
+
+
+@torch.no_grad()
+def main(args: Args):
+    first = policies.load_policy(args.backbone, args.checkpoints[0])
+    frames = []  # (obs, instructions, latent) of each instant
+    with envs.make_envs(args.episodes, image_size=first.image_size, alter=views.task_altering) as vec:
+        torch.manual_seed(0)
+        obs, done = vec.reset(evaluate.eval_episode_ids(args.episodes), "train"), torch.tensor([False])
+        instructions = list(vec.instructions)
+        shares = [(HELD_OUT_TABLES,)] + [([],)] * (vec.num_workers - 1)
+        tables = torch.from_numpy(vec.map(views.render_backgrounds, *shares)[0])
+        while not done.all():
+            decision = first.act(obs, instructions)
+            generator = torch.Generator().manual_seed(len(frames))
+            rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
+            frames.append(({k: v.clone() for k, v in obs.items()}, rgb_pre, decision.latent))
+            obs, _, done, _ = vec.step(decision.actions)
+    print(f"{args.episodes} episodes, {args.episodes * len(frames)} frames\n")
+    print("| checkpoint | held-out tables | change | moved target | change | unrelated | change |")
+    print("|---|---|---|---|---|---|---|")
+    reference, rng = None, np.random.default_rng(0)
+    resampled = rng.integers(args.episodes, size=(10_000, args.episodes))
+    for directory in args.checkpoints:
+        policy, kls = policies.load_policy(args.backbone, directory), []
+        for obs, rgb_pre, latent in frames:
+            dist = policy.evaluate(obs, instructions, latent).dist
+            others = (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))
+            kls.append([policy.kl(dist, policy.evaluate({**obs, "rgb": rgb}, instructions, latent).dist) for rgb in others])
+        kls = torch.stack([torch.stack(k) for k in kls]).mean(0).numpy()  # (T, 3, N) -> (3, N)
+        reference = kls if reference is None else reference
+        cells = []
+        for kl, change in zip(kls, kls - reference):
+            low, high = np.quantile(change[resampled].mean(1), [0.025, 0.975])
+            cells += [f"{kl.mean():.4f}", f"{change.mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
+        print(f"| {directory} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (envs.Fault, policies.PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
