@@ -90,7 +90,7 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
         hover_z = envs.TABLE_Z + 2 * half + 0.055
         offset, turn = target[:2] - tcp[:2], grasp_turn(env)
         move[:2] = offset
-        if np.linalg.norm(offset) > 0.02 or abs(turn) > 0.25:
+        if np.linalg.norm(offset) > 0.02 or turn:
             move[2] = max(hover_z - tcp[2], -0.05 if np.linalg.norm(offset) > 0.05 else -STEP)
         elif tcp[2] - grasp_z > 0.01:
             move[2] = grasp_z - tcp[2]
@@ -203,13 +203,16 @@ def grasp_widowx(env, points, bottom, top) -> tuple[np.ndarray, float]:
 
 
 def grasp_turn(env: envs.PutOnPlate) -> float:
-    """Signed angle in radians that the hand should turn about the vertical to close across the target."""
-    symmetry = envs.OBJECTS[env.episode.target][1]
-    if symmetry == "round":
+    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
+
+    Closing fingers straighten what lies askew by themselves (without any turn squares succeed always, long targets in 71 to
+    100 % of the yaws), and a turn asked for at every step is what a small policy fails to see in 96 pixels.
+    """
+    if envs.OBJECTS[env.episode.target][1] != "long":
         return 0.0
-    period = np.pi if symmetry == "long" else np.pi / 2
     error = _yaw(env.target_entity.pose) - _yaw(env.tcp_entity.pose)
-    return (error + period / 2 - 1e-4) % period - period / 2 + 1e-4
+    error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
+    return error if abs(error) > 0.9 else 0.0
 
 
 def _yaw(pose: sapien.Pose) -> float:
