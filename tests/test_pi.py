@@ -348,6 +348,16 @@ def test_pi0_equals_transformers(inputs):
         torch.testing.assert_close(policy.velocity(prefix, state, x, t), output.logits, atol=3e-4, rtol=1e-3)
 
 
+def test_time_embedding_is_exact():
+    """Its frequencies go up to 1571: what float32 loses there would be 1e-4."""
+    policy, times = small(), torch.tensor([0.001, 0.7, 0.999, 1.0])
+    got = policy._time_embedding(times)
+    for row, t in zip(got, times.tolist()):
+        angles = [2 * math.pi * t / (4e-3 * 1000 ** (i / 15)) for i in range(16)]
+        exact = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        torch.testing.assert_close(row, torch.tensor(exact), atol=2e-7, rtol=0)
+
+
 @torch.no_grad()
 def test_what_is_not_there_changes_nothing(policy, inputs):
     """Neither the pixels of an absent camera nor the ids in the padding; nor whether they are passed at all."""
