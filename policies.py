@@ -729,7 +729,6 @@ class Pi0(nn.Module):
     """
 
     gradient_checkpointing = False
-    detach_value = False  # True: the critic reads the trunk but does not train it
     saves_config = True  # with an adapter, too: horizon, replan and the rest are part of the policy
     save = save_policy
 
@@ -740,7 +739,7 @@ class Pi0(nn.Module):
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
         self.num_steps, self.noise_level = c.num_denoise_steps, c.noise_level
-        self.unnorm_key, self._affine = None, {}
+        self.unnorm_key, self._affine, self._detach_value = None, {}, False
         vision = SiglipVisionConfig(
             hidden_size=c.vis_width, intermediate_size=c.vis_mlp, num_attention_heads=c.vis_heads,
             layer_norm_eps=c.layer_norm_eps, attn_implementation="sdpa",
@@ -789,6 +788,22 @@ class Pi0(nn.Module):
         layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
         self.value_head = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
         self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = None, None, {}, None
+        self.detach_value = False
+
+    @property
+    def detach_value(self):
+        """True: the critic reads the trunk but does not train it."""
+        return self._detach_value
+
+    @detach_value.setter
+    def detach_value(self, detach):
+        """Of the VLM's last layer the actions read keys and values alone; the rest learns through pi0.5's critic or not."""
+        self._detach_value, idle = detach, detach or not self.pi05
+        last = f"language_model.layers.{self.config['depth'] - 1}."
+        last = [last + part for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")]
+        for key, p in self.named_parameters():
+            if any(part in key for part in (*last, "language_model.norm.")):
+                p.requires_grad_(not idle and (self.lora_config is None or ".lora_" in key))
 
     @staticmethod
     def rename(key):
@@ -847,6 +862,7 @@ class Pi0(nn.Module):
         self.lora_config.modules_to_save = sorted(parts - {"paligemma"})
         for key, p in self.named_parameters():
             p.requires_grad_(self.in_adapter(key) or key.startswith("value_head."))
+        self.detach_value = self.detach_value  # freezes what is idle
 
     # -------------------------------------------------------------------- the model
     @property

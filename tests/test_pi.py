@@ -919,3 +919,16 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
         if sign * (hits[-1] - 0.5) > 0.15:
             break
     assert sign * (hits[-1] - 0.5) > 0.15, hits
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("detach", [False, True])
+def test_whatever_is_to_be_trained_gets_a_gradient(policy, official_layout, obs, detach, lora_rank):
+    """Nothing idles along in the optimizer, where ppo_pair.py refuses it: not the VLM's last layer behind a detached critic."""
+    loaded = policies.load_policy(policy.config["model_type"], official_layout, lora_rank=lora_rank)
+    loaded.tokenizer, loaded.detach_value = policy.tokenizer, detach
+    new = loaded.evaluate(obs, TASKS, loaded.act(obs, TASKS).latent)
+    (new.logprob.sum() + new.value.sum()).backward()
+    assert all(p.requires_grad == (p.grad is not None) for p in loaded.parameters())
+    last = [p.requires_grad for key, p in loaded.named_parameters() if "language_model.layers.1.mlp" in key]
+    assert any(last) == (policy.pi05 and not detach)
