@@ -840,7 +840,7 @@ class Counting:
     rewards = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(0))  # (episode, step, environment)
     episode = -1
 
-    def reset(self, episode_ids, split="train", alter_seed=0):
+    def reset(self, episode_ids, split, exact, seed):
         self.episode, self.elapsed = self.episode + 1, 0
         return {"rgb": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}
 
@@ -885,7 +885,7 @@ class Bright:
         rgb[~self.right, :, :8] = 220
         return {"rgb": rgb}
 
-    def reset(self, episode_ids, split="train", alter_seed=0):
+    def reset(self, episode_ids, split, exact, seed):
         self.elapsed, self.correct = 0, torch.zeros(64)
         return self.look()
 
