@@ -4,7 +4,7 @@
     python sft.py --clone-steps 400 --out runs/weak     # a deliberately weak start, for studying PPO
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
-(grounding, answered with the very seven tokens that actions are written in). Its labels are free in the simulator.
+(grounding, answered with the very seven numbers that actions are written in). Its labels are free in the simulator.
 Stage 2 is behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D actions.
 """
 
@@ -49,12 +49,14 @@ class Args:
     """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
-    clone_steps: int = 3500
+    clone_steps: int = 4000
     """optimizer steps of behaviour cloning (with grounding kept up)"""
     batch_size: int = 64
     """frames per optimizer step"""
-    learning_rate: float = 1.4e-3
-    """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
+    learning_rate: float = 2e-3
+    """peak of AdamW's learning rate (embeddings, heads, convolutions, norms); linear warm-up over 100 steps, cosine to 2 %"""
+    muon_learning_rate: float = 1e-2
+    """peak of Muon's learning rate (every matrix inside the model), same schedule"""
 
 
 STEP, TURN = 0.06, 0.8  # largest move of one control step: metres, radians
@@ -260,13 +262,16 @@ def collect(environments, split: str, episode_ids, noise: float, seed: int):
     return episodes
 
 
-def flatten(episodes: list[dict]) -> dict[str, torch.Tensor]:
+def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
     """Episodes of `collect` -> frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
-    object_xyz (N, 5, 3), clone (N,) bool: a frame of a successful episode, from which actions are learnt."""
+    object_xyz (N, 5, 3), clone (N,) bool: a frame of a successful episode, from which actions are learnt;
+    chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
     frames = {
         k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")
     }
     lengths = [len(e["action"]) for e in episodes]
+    steps = [np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1) for n in lengths]  # (T, horizon)
+    frames["chunk"] = torch.from_numpy(np.concatenate([e["action"][i] for e, i in zip(episodes, steps)]))
     frames["object_ids"] = torch.full((sum(lengths), 5), -1)
     frames["object_xyz"] = torch.zeros(sum(lengths), 5, 3)
     start = 0
@@ -293,7 +298,7 @@ def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
 def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
     object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
-    table = policy.language_model.model.embed_tokens.weight
+    table = policy.word_embeddings()
     words = torch.stack(
         [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
     )  # (25, H)
@@ -305,54 +310,52 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
 
 
-def grounding_tokens(policy, batch, names):
-    """Asks "where is X" of a random object in each frame -> questions, answer tokens (B, 7): X's x, y, the plate's x, y,
+def grounding_answers(batch, names):
+    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x, y, the plate's x, y,
     the hand's x, y, z, scaled to [-1, 1]."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
     unit = (places - torch.from_numpy(GROUND_CENTER).float()) / torch.from_numpy(GROUND_SCALE).float()
-    tokens = policy.bin_tokens(torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1))
-    return [names[i] for i in batch["object_ids"].gather(1, pick)[:, 0].tolist()], tokens
-
-
-def token_loss(policy, rgb, prompt, tokens, sigma: float, jitter: float) -> torch.Tensor:
-    """(7,) cross-entropy of tokens (B, 7) under a target smoothed over neighbouring bins (`sigma` bins).
-
-    The model reads its own earlier tokens; in the data they are always the oracle's. `jitter` moves the ones it reads by
-    a few bins, and one in ten anywhere, so that a sampled token later finds an embedding that has been trained.
-    """
-    read = (tokens + (torch.randn(tokens.shape) * jitter).round().long()).clamp(
-        policy.action_begin, policy.action_end - 1
-    )
-    anywhere = torch.randint(policy.action_begin, policy.action_end, tokens.shape)
-    read = torch.where(torch.rand(tokens.shape) < 0.1, anywhere, read)
-    logits = policy.action_logits(policy.preprocess(rgb), *prompt, read)  # (B, 7, 256)
-    bins = torch.arange(logits.shape[-1])
-    distance = (tokens - policy.action_begin)[..., None] - bins
-    target = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)
-    return -(target * logits.log_softmax(-1)).sum(-1).mean(0)  # (B, 7) -> (7,)
+    answers = torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)[:, None]
+    return [names[i] for i in batch["object_ids"].gather(1, pick)[:, 0].tolist()], answers
 
 
 QUESTION = "where is {instruction} <out>"
 
 
-def train(policy, steps: int, args: Args, name: str, losses, parameters):
-    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss (running mean)."""
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
+def train(policy, steps: int, args: Args, name: str, losses, heads=()):
+    """Muon and AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss (running mean).
+
+    Muon on the matrices inside the model: with it, 300 steps of stage 1 end lower than with AdamW alone (README).
+    """
+    outer = ("embed_tokens.weight", "lm_head.weight", "position_embedding.weight", "_in_proj.weight", "_out_proj.weight")
+    matrices = {k: p for k, p in policy.named_parameters() if p.ndim == 2 and not k.endswith(outer)}
+    others = [*(p for k, p in policy.named_parameters() if k not in matrices), *heads]
+    optimizers = [
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98)),
+        torch.optim.Muon(
+            matrices.values(), lr=args.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / steps)))
+        )
+        for optimizer in optimizers
+    ]
     means = {}
     policy.train()
     bar = tqdm(range(steps), desc=name)
     for step in bar:
-        for group in optimizer.param_groups:
-            cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps))
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100) * cosine
         loss = losses()
-        optimizer.zero_grad(set_to_none=True)
         sum(loss.values()).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_([*matrices.values(), *others], 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
         if step % 20 == 0:
             means = {k: 0.8 * means[k] + 0.2 * v.item() if means else v.item() for k, v in loss.items()}
             bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
@@ -364,9 +367,8 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
     names = [name for name, _, _ in envs.OBJECTS]
-    features = []  # of both towers and the projector in the last forward pass: read here without a second pass
-    parts = [*policy.vision_backbone.values(), policy.projector["fc3"]]
-    hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in parts]
+    features = []  # of the towers and the projector in the last forward pass: read here without a second pass
+    hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in policy.vision_parts()]
     scale = nn.Parameter(torch.tensor([1.5, -4.0]))  # of the alignment: log inverse temperature, bias
 
     def sample(frames, n):
@@ -377,13 +379,12 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return pretraining if torch.rand(()) < 0.6 else demos
 
     def grounding(batch):
-        asked, tokens = grounding_tokens(policy, batch, names)
-        prompt = policy.tokenize([f"the {name}" for name in asked], QUESTION)
-        return token_loss(policy, batch["rgb"], prompt, tokens, 3.0, 4.0).mean()
+        asked, answers = grounding_answers(batch, names)
+        return policy.sft_loss(batch, [f"the {name}" for name in asked], answers, QUESTION, sigma=3.0)
 
-    def cloning(batch, jitter):
-        prompt = policy.tokenize([f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()])
-        return token_loss(policy, batch["rgb"], prompt, policy.action_tokens(batch["action"]), 2.0, jitter).mean()
+    def cloning(batch, **options):
+        tasks = [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
+        return policy.sft_loss(batch, tasks, policy.to_unit(batch["chunk"]), **options)
 
     def stage_1():
         features.clear()
@@ -391,20 +392,20 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         loss = grounding(batch)
         return dict(
             grounding=loss,
-            segmentation=segmentation_loss(torch.cat(features[:2], -1), batch["classes"], head),
-            alignment=2 * alignment_loss(policy, features[2], batch["classes"], names, scale),
+            segmentation=segmentation_loss(torch.cat(features[:-1], -1), batch["classes"], head),
+            alignment=2 * alignment_loss(policy, features[-1], batch["classes"], names, scale),
         )
 
     def stage_2():
         features.clear()
-        return dict(cloning=cloning(sample(demos, args.batch_size), 4.0),
+        return dict(cloning=cloning(sample(demos, args.batch_size)),
                     grounding=0.7 * grounding(sample(either(), args.batch_size // 2)))  # fmt: skip
 
     batch = sample(pretraining, 1)
     grounding(batch)
-    head = nn.Linear(sum(f.shape[-1] for f in features[:2]), 28 * batch["classes"][0].numel() // features[0].shape[1])
-    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*policy.parameters(), *head.parameters(), scale])
-    train(policy, args.clone_steps, args, "behaviour cloning", stage_2, list(policy.parameters()))
+    head = nn.Linear(sum(f.shape[-1] for f in features[:-1]), 28 * batch["classes"][0].numel() // features[0].shape[1])
+    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*head.parameters(), scale])
+    train(policy, args.clone_steps, args, "behaviour cloning", stage_2)
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
@@ -412,7 +413,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         names_asked = [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
         acted = policy.act(batch, names_asked, temperature=0).actions[:, 0]
         report = dict(
-            cloning_loss=cloning(batch, 0.0).item(),
+            cloning_loss=cloning(batch, jitter=0.0).item(),
             error=(acted - batch["action"]).abs().mean(0).tolist(),
             error_of_zero=batch["action"].abs().mean(0).tolist(),
         )
@@ -465,7 +466,8 @@ def main(args: Args):
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise envs.Fault(f"cannot write to --out {out}: {error.strerror}")
-    with envs.make_envs(2, image_size=policies.load_policy(args.backbone).image_size) as vec:
+    untrained = policies.load_policy(args.backbone)
+    with envs.make_envs(2, image_size=untrained.image_size) as vec:
         # Episode ids: disjoint ranges, all below those of RL training (seed 1 starts at 1,000,000) and of evaluation.
         scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, args.seed)
         half = args.demos // 2
@@ -473,7 +475,7 @@ def main(args: Args):
         demos += collect_parallel(vec, "train", list(range(400_000, 400_000 + args.demos - half)), 0.25, args.seed)
         held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), 0.25, args.seed)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
-    policy, report = warm_up(args, flatten(scenes), flatten(demos), flatten(held_out))
+    policy, report = warm_up(args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out)))
     print(json.dumps(report))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
