@@ -13,8 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -461,12 +459,9 @@ def main(args: Args):
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out)))
     print(json.dumps(report))
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save(partial, dtype=torch.float16)
-    (partial / "args.json").write_text(json.dumps(dict(vars(args), report=report), indent=2))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with policies.whole_directory(out) as partial:
+        policy.save(partial, dtype=torch.float16)
+        (partial / "args.json").write_text(json.dumps(dict(vars(args), report=report), indent=2))
     print(f"warm start saved in {out}")
 
 
