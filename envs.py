@@ -1226,10 +1226,9 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    import envs  # this file once more, under the name by which the others know it
-
+    sys.modules["envs"] = sys.modules["__main__"]  # gallery.py imports this file: it must not run twice
     try:
-        envs.main(tyro.cli(envs.Args))
-    except envs.Fault as error:
+        main(tyro.cli(Args))
+    except Fault as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
