@@ -973,7 +973,7 @@ def _worker(conn_fd: int, memory_fd: int):
             elif command == "map":
                 answer = _resolve(argument[0])(envs, *argument[1])
             conn.send(("ok", answer))
-    except EOFError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the main process is gone or has closed us
     except Exception as error:
         conn.send(("fault", str(error)) if isinstance(error, Fault) else ("error", traceback.format_exc()))
