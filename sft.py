@@ -203,8 +203,8 @@ def grasp_widowx(env, points, bottom, top) -> tuple[np.ndarray, float]:
 def grasp_turn(env: envs.PutOnPlate) -> float:
     """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
 
-    Closing fingers straighten what lies askew by themselves (without any turn squares succeed always, long targets in 71 to
-    100 % of the yaws), and a turn asked for at every step is what a small policy fails to see in 96 pixels.
+    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
+    label that a policy cannot read off 96 pixels: it hovers.
     """
     if envs.OBJECTS[env.episode.target][1] != "long":
         return 0.0
@@ -417,11 +417,10 @@ def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], noise: float,
 
 
 def cache_key(args: Args) -> str:
-    """Changes with everything a warm start depends on: the flags, this file, the simulator's file, the model's sizes."""
+    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [(here / name).read_text() for name in ("sft.py", "envs.py")]
-    parts += [json.dumps(policies.load_policy(args.backbone).config, sort_keys=True)]
+    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "policies.py")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
