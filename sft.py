@@ -260,7 +260,7 @@ def collect(environments, split: str, episode_ids, noise: float, seed: int):
 
 def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
     """Episodes of `collect` -> frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
-    object_xyz (N, 5, 3), clone (N,) bool: a frame of a successful episode, from which actions are learnt;
+    object_xyz (N, 5, 3),
     chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
     frames = {
         k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")
@@ -275,7 +275,6 @@ def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
         frames["object_ids"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["objects"])
         frames["object_xyz"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["object_xyz"])
         start += n
-    frames["clone"] = torch.tensor([e["success"] for e in episodes]).repeat_interleave(torch.tensor(lengths))
     frames["where"] = frames["where"].float()
     return frames
 
