@@ -1,7 +1,8 @@
 """The pick-and-place task of PAIR-VLA in ManiSkill3: "put {object} on plate", its out-of-distribution splits, N at a time.
 
     python envs.py --check                   # does this machine render? says what to install where it does not
-    python envs.py --download                # fetches what the pack `rl4vla` needs
+    python envs.py --download                # fetches what the pack `rl4vla` (rl4vla.py) needs
+    python envs.py --gallery FILE.png        # draws every split, and the pair of views (gallery.py)
 
 An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length; success does not end it.
 The simulator never renders by itself: a picture is taken where a policy looks, and a changed view is one more picture
@@ -28,7 +29,7 @@ import tempfile
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
@@ -39,12 +40,11 @@ import numpy as np
 import sapien
 import torch
 import tyro
-from mani_skill import ASSET_DIR, PACKAGE_ASSET_DIR
+from mani_skill import PACKAGE_ASSET_DIR
 from mani_skill.agents.controllers import PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
 from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
 from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import register_env
@@ -53,17 +53,17 @@ from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
 from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial, RenderTexture2D
 from transforms3d.euler import euler2quat
 
+import rl4vla
+from rl4vla import TABLE_Z
+
 ENV_ID = "PairVLA-PutOnPlate-v0"
-TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
 
 
 class Fault(Exception):
     """Something the user can mend: one sentence that says what is wrong and what to do. Command lines exit with 2 on it."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits and episodes (paper Appendix B, section 5.5)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ Splits and episodes (paper Appendix B, section 5.5)
 @dataclass(frozen=True)
 class Split:
     """One evaluation setting; every field not named is as in training (Appendix B.4)."""
@@ -177,7 +177,7 @@ class Episode:
     camera_deg: float
 
 
-def sample_episode(episode_id: int, split: str | Split, pack: BuiltinPack | Rl4vlaPack) -> Episode:
+def sample_episode(episode_id: int, split: str | Split, pack: BuiltinPack | rl4vla.Rl4vlaPack) -> Episode:
     """Episode number `episode_id` (0 <= id < 2**63) of `split`.
 
     Each factor has a random stream of its own, so episode i has the same target, plate, table draw and light draw in
@@ -229,9 +229,7 @@ def sample_episode(episode_id: int, split: str | Split, pack: BuiltinPack | Rl4v
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Asset pack `builtin`: nothing to download
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ Asset pack `builtin`: nothing to download
 COLORS = dict(
     red=(0.85, 0.1, 0.1), green=(0.1, 0.65, 0.15), blue=(0.12, 0.25, 0.85), yellow=(0.95, 0.85, 0.1),
     orange=(0.98, 0.5, 0.05), purple=(0.5, 0.15, 0.65), cyan=(0.1, 0.75, 0.8), pink=(0.98, 0.5, 0.7),
@@ -326,6 +324,9 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     return np.uint8(255 * np.clip(first * (1 - t) + second * t + 0.02 * rng.standard_normal((size, size, 1)), 0, 1))
 
 
+URDF_FOLDER = tempfile.TemporaryDirectory(prefix="pair_vla_")  # one per process: a worker must not read half a file
+
+
 def light_panda_urdf() -> str:
     """Path of a Panda whose visual meshes are its 2 k-triangle collision meshes.
 
@@ -348,10 +349,9 @@ def light_panda_urdf() -> str:
                 material = ElementTree.SubElement(shape, "material", name="dark" if dark else "light")
                 ElementTree.SubElement(material, "color", rgba=".25 .25 .27 1" if dark else ".9 .9 .88 1")
             mesh.set("filename", str(source.parent / name))
-    folder = Path(tempfile.mkdtemp(prefix="pair_vla_"))  # one per process: workers must not read a half-written file
-    tree.write(folder / "panda_light.urdf")
-    shutil.copy(source.with_suffix(".srdf"), folder / "panda_light.srdf")
-    return str(folder / "panda_light.urdf")
+    tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
+    shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
+    return f"{URDF_FOLDER.name}/panda_light.urdf"
 
 
 class BuiltinPack:
@@ -360,6 +360,7 @@ class BuiltinPack:
 
     name = "builtin"
     robot_uid = "panda_light"
+    robot_look = {}  # of its render materials
     base_pose = sapien.Pose([0.30, 0.028, 0.870], [0, 0, 0, 1])
     init_qpos = np.array([0.0408, -0.2736, 0.0411, -2.8293, 0.0237, 2.523, 0.8458, 0.04, 0.04])
     camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
@@ -369,6 +370,7 @@ class BuiltinPack:
     grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
     names = [name for name, _, _ in OBJECTS]
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
+    settles_again = False
     floor = [0.35, 0.36, 0.38, 1]
 
     def __init__(self):
@@ -378,10 +380,10 @@ class BuiltinPack:
             high = np.max([np.add(at, half) for _, _, _, at, _, half in parts], 0)
             self.sizes.append(high - low)
             self.offsets.append(-(low + high) / 2)
-        self._tables = None
 
-    def check_files(self):
-        pass  # everything is in this file and in mani_skill's wheel
+    def fault(self) -> str:
+        """What is the matter with the pack's files; empty if nothing is."""
+        return ""  # everything is in this file and in mani_skill's wheel
 
     def lens(self, size: int) -> dict:
         return dict(fov=np.deg2rad(38))
@@ -403,13 +405,14 @@ class BuiltinPack:
             pose = sapien.Pose(np.array(at) + self.offsets[i], rotation)
             look = RenderMaterial(base_color=[*(c**2.2 for c in COLORS[color]), 1], roughness=0.6, specular=0.3)
             args = (dims,) if kind == "box" else dims  # a box takes its half sizes as one argument
-            for shape, options in (("collision", dict(material=material, density=600)), ("visual", dict(material=look))):
-                {
-                    "box": (builder.add_box_collision, builder.add_box_visual),
-                    "sphere": (builder.add_sphere_collision, builder.add_sphere_visual),
-                    "cylinder": (builder.add_cylinder_collision, builder.add_cylinder_visual),
-                    "capsule": (builder.add_capsule_collision, builder.add_capsule_visual),
-                }[kind][shape == "visual"](pose, *args, **options)
+            add_collision, add_visual = {
+                "box": (builder.add_box_collision, builder.add_box_visual),
+                "sphere": (builder.add_sphere_collision, builder.add_sphere_visual),
+                "cylinder": (builder.add_cylinder_collision, builder.add_cylinder_visual),
+                "capsule": (builder.add_capsule_collision, builder.add_capsule_visual),
+            }[kind]
+            add_collision(pose, *args, material=material, density=600)
+            add_visual(pose, *args, material=look)
 
     def build_plate(self, builder, material):
         for radius, z, shade in ((0.042, -0.003, (0.85, 0.85, 0.88)), (0.055, 0.003, (0.95, 0.95, 0.98))):
@@ -419,16 +422,14 @@ class BuiltinPack:
         look = RenderMaterial(base_color=[0.55, 0.62, 0.75, 1], roughness=0.5)
         builder.add_cylinder_visual(sapien.Pose([0, 0, 0.0055], UPRIGHT), 0.038, 0.001, material=look)
 
+    @cached_property
     def table_materials(self) -> list[RenderMaterial]:
         """21 materials, made once per process and shared by all its scenes."""
-        if self._tables is None:
-            self._tables = []
-            for i in range(21):
-                rgba = np.dstack([table_texture(i), np.full((256, 256), 255, np.uint8)])
-                material = RenderMaterial(roughness=0.9, specular=0.05)
-                material.base_color_texture = RenderTexture2D(rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True)
-                self._tables.append(material)
-        return self._tables
+        materials = [RenderMaterial(roughness=0.9, specular=0.05) for _ in range(21)]
+        for i, material in enumerate(materials):
+            rgba = np.dstack([table_texture(i), np.full((256, 256), 255, np.uint8)])
+            material.base_color_texture = RenderTexture2D(rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True)
+        return materials
 
     def photos(self, size: int):
         return None
@@ -441,10 +442,6 @@ class LightPanda(Panda):
 
     uid = "panda_light"
     urdf_path = light_panda_urdf()
-
-    @property
-    def _sensor_configs(self):
-        return []
 
     @property
     def _controller_configs(self):
@@ -460,193 +457,20 @@ class LightPanda(Panda):
         return {"pd_ee_target_delta_pose": dict(arm=arm, gripper=gripper)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Asset pack `rl4vla`: the paper's benchmark
-# ----------------------------------------------------------------------------------------------------------------------
-HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
-FILES = Path(__file__).parent / "rl4vla_files.txt"  # what the pack reads: "bytes path" in every line
-
-
-def asset_folders() -> dict[str, Path]:
-    """Where the parts of the pack `rl4vla` are on this machine: {first folder in rl4vla_files.txt: directory}.
-
-    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is fetched.
-    """
-    if "PAIR_VLA_ASSETS" in os.environ:
-        root = Path(os.environ["PAIR_VLA_ASSETS"])
-        return dict(carrot=root / "carrot", data=root / "data")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        hub = Path(snapshot_download(HUB_DATASET, repo_type="dataset", local_files_only=True))
-    except LocalEntryNotFoundError:
-        hub = Path(f"the Hub's cache of {HUB_DATASET}")
-    return dict(carrot=hub / "carrot", data=ASSET_DIR)
-
-
-def faulty_assets() -> dict[Path, str]:
-    """Files of the pack `rl4vla` that are not here or not whole -> what is the matter with them."""
-    folders, faults = asset_folders(), {}
-    for line in FILES.read_text().splitlines():
-        size, name = line.split(" ", 1)
-        folder, name = name.split("/", 1)
-        path = folders[folder] / name
-        if not path.is_file():
-            faults[path] = "is missing"
-        elif path.stat().st_size != int(size):
-            if size == "0" and path.stat().st_size == int.from_bytes(path.open("rb").read(12)[8:], "little"):
-                continue  # size not known beforehand; a .glb says how long it is
-            faults[path] = f"has {path.stat().st_size} bytes" + (f" instead of {size}" if size != "0" else ": it is cut off")
-    return faults
-
-
-def download():
-    """Fetches what is missing of the pack `rl4vla`, asks nothing, and can be interrupted and started again."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-    from mani_skill.utils.assets.data import DATA_SOURCES
-    from mani_skill.utils.download_asset import download as download_zip
-
-    faults = faulty_assets()
-    robot = asset_folders()["data"] / "robots/widowx"
-    for path in faults:  # a file that was cut off would pass for complete
-        if path.is_file():
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)  # the Hub's cache holds links
-    try:
-        if any(robot not in path.parents for path in faults):
-            local = dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
-            wanted = [line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line]
-            snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=wanted, **local)
-        if any(robot in path.parents for path in faults):
-            download_zip(replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent), non_interactive=True)
-    except (OSError, HfHubHTTPError) as error:
-        raise Fault(f"--download: {str(error).splitlines()[0]}; check the network and start it again, it goes on where it was")
-    PACKS["rl4vla"].check_files()
-    print("ok: the pack rl4vla is complete in", " and ".join(map(str, asset_folders().values())))
-
-
-class Rl4vlaPack:
-    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind them: the scene, the
-    controller and the rates of RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its files, on stock mani_skill.
-
-    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular damping (below).
-    """
-
-    name = "rl4vla"
-    robot_uid = "widowx_bridge"
-    base_pose = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
-    init_qpos = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037])
-    camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
-    camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
-    image_size = 224
-    sim_freq, control_freq = 500, 5
-    max_episode_steps = 80
-    grasp_streak = 5
-    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.006]), 0.92
-    floor = None  # what is not robot, object or plate is the photograph
-
-    @cached_property
-    def folder(self) -> Path:
-        return asset_folders()["carrot"]
-
-    @cached_property
-    def objects(self) -> dict:
-        return json.loads((self.folder / "more_carrot/model_db.json").read_text())
-
-    @cached_property
-    def names(self) -> list[str]:
-        return [entry["name"] for entry in self.objects.values()]
-
-    @cached_property
-    def sizes(self) -> list[np.ndarray]:
-        return [np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for entry in self.objects.values()]
-
-    def check_files(self):
-        """Raises Fault that names a file which is missing or not whole, and says what mends it."""
-        faults = faulty_assets()
-        if faults:
-            path, fault = next(iter(faults.items()))
-            more = f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else ""
-            raise Fault(f"assets of the pack rl4vla: {path} {fault}{more}: `python envs.py --download` fetches them")
-
-    def lens(self, size: int) -> dict:
-        """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
-        fx, fy, cx, cy = np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
-        return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
-
-    def radius(self, i: int) -> float:
-        """Radius in metres of the circle around object i seen from above."""
-        box = list(self.objects.values())[i]["bbox"]
-        return float(np.linalg.norm(np.abs([box["min"], box["max"]]).max(0)[:2]))
-
-    def plate_gap(self, i: int) -> float:
-        """RL4VLA's rule, also for long objects: one end may lie on the rim."""
-        return 0.07
-
-    def spawn_z(self, i: int, is_target: bool) -> float:
-        """RL4VLA lets objects fall."""
-        return 0.95 if is_target else 1.0
-
-    def _build(self, folder, density, builder, material):
-        builder.add_multiple_convex_collisions_from_file(str(folder / "collision.obj"), material=material, density=density)
-        (visual,) = folder.glob("textured.*")
-        builder.add_visual_from_file(str(visual))
-
-    def build_object(self, i, builder, material):
-        key, entry = list(self.objects.items())[i]
-        self._build(self.folder / "more_carrot" / key, entry["density"], builder, material)
-
-    def build_plate(self, builder, material):
-        self._build(self.folder / "more_plate/001_plate_simpler", 1003, builder, material)
-
-    def table_materials(self) -> list[RenderMaterial]:
-        return []
-
-    def photos(self, size: int) -> np.ndarray:
-        """(21, size, size, 3) uint8"""
-        from PIL import Image
-
-        files = sorted((self.folder / "more_table/imgs").glob("*.png"))
-        return np.stack([Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files])
-
-
-@register_agent()
-class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX250S with RL4VLA's controller: as LightPanda's, but deltas accumulate on the commanded pose."""
-
-    uid = "widowx_bridge"
-    _sensor_configs = ()
-
-    @property
-    def urdf_path(self):
-        return str(asset_folders()["data"] / "robots/widowx/wx250s.urdf")
-
-    def _after_init(self):
-        self.tcp = self.robot.links_map["ee_gripper_link"]
-
-    @property
-    def _controller_configs(self):
-        (config,) = super()._controller_configs.values()
-        config["gripper"].mimic = {"right_finger": {"joint": "left_finger"}}
-        return {"pd_ee_target_delta_pose": config}
-
-
-PACKS = {"builtin": BuiltinPack(), "rl4vla": Rl4vlaPack()}
+PACKS = {"builtin": BuiltinPack(), "rl4vla": rl4vla.Rl4vlaPack()}
 
 
 def find_pack(assets: str):
     """The pack called `assets`. Raises Fault where there is none of that name, or where files of it are missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
-    PACKS[assets].check_files()
+    fault = PACKS[assets].fault()
+    if fault:
+        raise Fault(f"assets of the pack {assets}: {fault}: `python envs.py --download` fetches them")
     return PACKS[assets]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The task
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ The task
 @register_env(ENV_ID, max_episode_steps=20)
 class PutOnPlate(BaseEnv):
     """One scene. `reset(options=dict(episode_ids=[i], split="train"))`, `step(action (7,))`, then `picture()` to look.
@@ -675,15 +499,11 @@ class PutOnPlate(BaseEnv):
                          mount=self.camera_mount, shader_pack="minimal", **self.pack.lens(self.image_size))
         ]  # fmt: skip
 
-    @property
-    def _default_human_render_camera_configs(self):
-        return []
-
-    # ------------------------------------------------------------------------------------------------------ scene
+    # ------------------------------------------------------------ scene
     def _load_agent(self, options):
         super()._load_agent(options, self.pack.base_pose)
-        if self.pack.name == "rl4vla":
-            sapien_utils.set_articulation_render_material(self.agent.robot._objs[0], specular=0.9, roughness=0.3)
+        if self.pack.robot_look:
+            sapien_utils.set_articulation_render_material(self.agent.robot._objs[0], **self.pack.robot_look)
 
     def _load_scene(self, options):
         def static_box(name, half_size, at, visual=None):
@@ -700,7 +520,7 @@ class PutOnPlate(BaseEnv):
         builder.initial_pose = sapien.Pose()
         self.camera_mount = builder.build_kinematic("camera_mount")
         self.table_tops = []  # thin pictures of a table; the one in use lies on the table, the others below the floor
-        for i, material in enumerate(self.pack.table_materials()):
+        for i, material in enumerate(self.pack.table_materials):
             builder = self.scene.create_actor_builder()
             builder.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
             builder.initial_pose = sapien.Pose([0, 0, -5 - 0.1 * i])
@@ -762,7 +582,7 @@ class PutOnPlate(BaseEnv):
             self.table_tops[index]._objs[0].pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
         self.table_now = index
 
-    # ------------------------------------------------------------------------------------------------------ episode
+    # ------------------------------------------------------------ episode
     def _initialize_episode(self, env_idx, options):
         if self.num_envs != 1:
             raise Fault("this environment simulates one scene per environment on a CPU: use make_envs for many")
@@ -801,7 +621,7 @@ class PutOnPlate(BaseEnv):
         for _ in range(int(0.3 * pack.sim_freq)):
             self.scene.step()
         bodies = [self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent) for i in in_use]
-        if pack.name == "rl4vla" and max(np.linalg.norm(body.linear_velocity) for body in bodies) > 0.01:
+        if pack.settles_again and max(np.linalg.norm(body.linear_velocity) for body in bodies) > 0.01:
             for _ in range(pack.sim_freq):
                 self.scene.step()
         self.agent.robot.set_pose(pack.base_pose)
@@ -866,7 +686,7 @@ class PutOnPlate(BaseEnv):
         """(8,) float32: the arm's 7 joint angles (radians) and one finger's opening (metres)."""
         return self.agent.robot._objs[0].qpos[:8].astype(np.float32)
 
-    # ------------------------------------------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------ pictures
     def picture(self) -> tuple[np.ndarray, np.ndarray]:
         """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W) int16."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
@@ -884,27 +704,14 @@ class PutOnPlate(BaseEnv):
         return keep[ids]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# N environments over worker processes
-# ----------------------------------------------------------------------------------------------------------------------
-def _layout(n: int, size: int, views):
-    """Name, shape and dtype of every array that the workers and the main process share."""
-    fields = [("rgb", (n, size, size, 3), np.uint8), ("mask", (n, size, size), np.bool_), ("state", (n, 8), np.float32)]
-    fields += [(name, (n, size, size, 3), np.uint8) for name in views]
-    return fields + [("reward", (n,), np.float32), ("success", (n,), np.bool_), ("success_once", (n,), np.bool_),
-                     ("grasped", (n,), np.bool_), ("episode_return", (n,), np.float32)]  # fmt: skip
-
-
-def _map_arrays(buffer, layout) -> dict[str, np.ndarray]:
-    arrays, offset = {}, 0
-    for name, shape, dtype in layout:
-        arrays[name] = np.ndarray(shape, dtype, buffer, offset)
-        offset += _padded(shape, dtype)
-    return arrays
-
-
-def _padded(shape, dtype) -> int:
-    return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
+# ------------------------------------------------------------ N environments over worker processes
+def record(size: int, views) -> np.dtype:
+    """What one environment shows the main process: its row of an array in shared memory."""
+    picture = (size, size, 3)
+    fields = [("rgb", np.uint8, picture), ("mask", np.bool_, picture[:2]), ("state", np.float32, 8)]
+    fields += [(name, np.uint8, picture) for name in views]
+    fields += [("reward", np.float32), ("episode_return", np.float32)]
+    return np.dtype(fields + [(name, np.bool_) for name in ("success", "success_once", "grasped")], align=True)
 
 
 def render_backend() -> str:
@@ -928,7 +735,7 @@ def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
     return env.unwrapped
 
 
-def _worker(conn_fd: int, memory_fd: int):
+def serve(conn_fd: int, memory_fd: int):
     """A worker process: owns some of the environments, obeys (command, argument) messages until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it then closes the pipe
     torch.set_num_threads(1)
@@ -936,8 +743,7 @@ def _worker(conn_fd: int, memory_fd: int):
     try:
         setup = conn.recv()
         views = {name: _resolve(reference) for name, reference in setup["views"].items()}
-        layout = _layout(setup["total"], setup["image_size"], views)
-        arrays = _map_arrays(mmap.mmap(memory_fd, 0), layout)
+        arrays = np.frombuffer(mmap.mmap(memory_fd, 0), record(setup["image_size"], views))
         envs = [make_env(setup["assets"], setup["image_size"]) for _ in setup["slots"]]
         conn.send(("ok", None))
 
@@ -996,26 +802,26 @@ class VecEnv:
 
     def __init__(self, num_envs, assets, image_size, num_workers, views):
         pack = PACKS[assets]
-        self.num_envs, self.assets = num_envs, assets
+        self.num_envs, self.num_workers = num_envs, num_workers
         self.image_size, self.max_episode_steps = image_size or pack.image_size, pack.max_episode_steps
         self.instructions: list[str] = []
         self.elapsed = 0
         self._pictures = ["rgb", "mask", "state", *views]
-        layout = _layout(num_envs, self.image_size, views)
+        row = record(self.image_size, views)
         shared = tempfile.TemporaryFile()
-        shared.truncate(sum(_padded(shape, dtype) for _, shape, dtype in layout))
-        self._arrays = _map_arrays(mmap.mmap(shared.fileno(), 0), layout)
+        shared.truncate(num_envs * row.itemsize)
+        self._arrays = np.frombuffer(mmap.mmap(shared.fileno(), 0), row)
         self._slots = [list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)]
         self._workers = []
         here = os.path.dirname(os.path.abspath(__file__))
-        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs._worker(%d, %d)"
+        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs.serve(%d, %d)"
         for slots in self._slots:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-c", code % (theirs.fileno(), shared.fileno())]
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(), shared.fileno()), stdin=subprocess.DEVNULL)
             theirs.close()
             self._workers.append((process, Connection(ours.detach())))
-            setup = dict(assets=assets, image_size=self.image_size, slots=slots, total=num_envs,
+            setup = dict(assets=assets, image_size=self.image_size, slots=slots,
                          views={name: _reference(view) for name, view in views.items()})  # fmt: skip
             self._workers[-1][1].send(setup)
         shared.close()
@@ -1055,8 +861,8 @@ class VecEnv:
         hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
         raise Fault(f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost")
 
-    def _observe(self) -> dict:
-        return {name: torch.from_numpy(self._arrays[name].copy()) for name in self._pictures}
+    def _read(self, *names) -> dict:
+        return {name: torch.from_numpy(self._arrays[name].copy()) for name in names}
 
     def reset(self, episode_ids, split="train", exact: bool = False, alter_seed: int = 0) -> dict:
         """Start one episode per environment.
@@ -1078,7 +884,7 @@ class VecEnv:
         self._send([("reset", dict(episode_ids=ids, splits=splits, exact=exact, alter_seed=alter_seed))] * len(self._workers))
         self.instructions = sum(self._gather(), [])
         self.elapsed = 0
-        return self._observe()
+        return self._read(*self._pictures)
 
     def step(self, actions: torch.Tensor):
         """Carry out a chunk of actions (N, chunk, 7): metres and radians in the robot's base frame, gripper > 0 opens.
@@ -1092,9 +898,9 @@ class VecEnv:
         self._send([("step", actions[slots]) for slots in self._slots])
         self._gather()
         self.elapsed += actions.shape[1]
-        info = {k: torch.from_numpy(self._arrays[k].copy()) for k in ("success", "success_once", "grasped", "episode_return")}
         done = torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps)
-        return self._observe(), torch.from_numpy(self._arrays["reward"].copy()), done, info
+        info = self._read("reward", "success", "success_once", "grasped", "episode_return")
+        return self._read(*self._pictures), info.pop("reward"), done, info
 
     def map(self, function, *args) -> list:
         """function(environments of the worker, *args[i]) in every worker i at once; returns one result per worker.
@@ -1103,10 +909,6 @@ class VecEnv:
         """
         self._send([("map", (_reference(function), a)) for a in args])
         return self._gather()
-
-    @property
-    def num_workers(self) -> int:
-        return len(self._workers)
 
     def close(self):
         for process, conn in self._workers:
@@ -1142,9 +944,7 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
     return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), views)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line: preflight
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ Command line: preflight
 @dataclass
 class Args:
     check: bool = False
@@ -1216,7 +1016,13 @@ def main(args: Args):
     if not (args.check or args.download or args.gallery):
         raise Fault("nothing to do: say --check, --gallery FILE.png or --download")
     if args.download:
-        download()
+        try:
+            rl4vla.download()
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise Fault(f"--download: {reason}; check the network and start it again, it goes on where it was")
+        find_pack("rl4vla")
+        print("ok: the pack rl4vla is complete in", " and ".join(map(str, rl4vla.asset_folders().values())))
     if args.check:
         check(args.assets)
     if args.gallery:

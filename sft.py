@@ -21,16 +21,13 @@ import numpy as np
 import sapien
 import torch
 import torch.nn.functional as F
-import trimesh
 import tyro
-from sapien.physx import PhysxRigidDynamicComponent
 from torch import nn
 from tqdm import tqdm
-from transforms3d.axangles import axangle2mat, mat2axangle
-from transforms3d.euler import mat2euler
 
 import envs
 import policies
+import rl4vla
 
 
 @dataclass
@@ -65,7 +62,7 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
     Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
     """
     if env.pack.name == "rl4vla":
-        return oracle_widowx(env)
+        return rl4vla.oracle(env)
     tcp, target, plate = env.tcp_entity.pose.p, env.target_entity.pose.p, env.plate_entity.pose.p
     half = env.target_half_z
     move, turn, gripper = np.zeros(3), 0.0, 1.0
@@ -82,9 +79,7 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
         else:
             move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
     else:
-        grasp_z = max(
-            target[2] - 0.2 * half, envs.TABLE_Z + 0.019
-        )  # lower, and the fingertips would press on the table
+        grasp_z = max(target[2] - 0.2 * half, envs.TABLE_Z + 0.019)  # lower, and the fingertips would press on the table
         hover_z = envs.TABLE_Z + 2 * half + 0.055
         offset, turn = target[:2] - tcp[:2], grasp_turn(env)
         move[:2] = offset
@@ -97,107 +92,6 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
     move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
     move = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> the robot's base frame
     return np.array([*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32)
-
-
-def oracle_widowx(env: envs.PutOnPlate) -> np.ndarray:
-    """The same phases for the pack `rl4vla`: scanned objects, a hand that must be kept upright, a gripper that opens 5 cm.
-
-    Deltas are counted from the commanded pose, as the controller counts them.
-    """
-    command = env.pack.base_pose * env.agent.controller.controllers["arm"]._target_pose.sp
-    tcp, target, plate = env.tcp_entity.pose, env.target_entity.pose, env.plate_entity.pose.p
-    opening = float(env.agent.robot._objs[0].qpos[-1])  # metres, 0.014 closed to 0.038
-    points = surface(env) @ target.to_transformation_matrix()[:3, :3].T + target.p
-    bottom, top = points[:, 2].min(), points[:, 2].max()
-    carried = opening < 0.033 and bottom > envs.TABLE_Z + 0.012 and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
-    over_plate = np.linalg.norm(target.p[:2] - plate[:2])
-    low = bottom < envs.TABLE_Z + 0.022 and over_plate < (0.03 if env.grasped else 0.05)
-    placed = env.success or (low and tcp.p[2] < envs.TABLE_Z + 0.14)
-    goal, turn, gripper = command.p.copy(), None, 1.0
-    if placed:
-        if opening > 0.035:
-            goal[2] = envs.TABLE_Z + 0.15
-    elif env.grasped or carried:
-        gripper = -1.0
-        if over_plate > (0.015 if bottom > envs.TABLE_Z + 0.05 else 0.03):
-            goal[2] += envs.TABLE_Z + 0.07 - bottom
-            if bottom > envs.TABLE_Z + 0.045:
-                goal[:2] += plate[:2] - target.p[:2]
-        else:
-            goal[2] += envs.TABLE_Z + 0.014 - bottom
-    else:
-        grasp, yaw = grasp_widowx(env, points, bottom, top)
-        turn = upright(yaw) @ command.to_transformation_matrix()[:3, :3].T
-        near = np.linalg.norm(grasp - command.p)
-        aligned = np.linalg.norm((grasp - command.p)[:2]) < 0.008 and rotation_vector(turn)[1] < 0.08
-        if near < (0.006 if opening > 0.035 else 0.025) and opening > 0.0155:
-            goal, turn, gripper = command.p, None, -1.0
-        else:
-            goal = grasp.copy()
-            if not aligned:
-                goal[2] = max(grasp[2] + 0.07, envs.TABLE_Z + 0.10)
-    move = goal - command.p
-    move *= min(1.0, 0.03 / max(np.linalg.norm(move), 1e-9))
-    to_base = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3]
-    angles = np.zeros(3)
-    if turn is not None:
-        axis, angle = rotation_vector(turn)
-        small = axangle2mat(axis, min(angle, 0.35))
-        angles = mat2euler(to_base @ small @ to_base.T, "rxyz")
-    return np.array([*(to_base @ move), *angles, gripper], np.float32)
-
-
-def rotation_vector(rotation) -> tuple[np.ndarray, float]:
-    axis, angle = mat2axangle(rotation)
-    return (axis, angle) if angle >= 0 else (-axis, -angle)
-
-
-def upright(yaw: float) -> np.ndarray:
-    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y axis)."""
-    down, close = np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0])
-    return np.stack([down, close, np.cross(down, close)], 1)
-
-
-SURFACES = {}  # index in the pack rl4vla -> surface()
-
-
-def surface(env: envs.PutOnPlate) -> np.ndarray:
-    """(1500, 3) metres: points on the target's collision shapes, in its own frame."""
-    i = env.episode.target
-    if i not in SURFACES:
-        shapes = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent).collision_shapes
-        parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
-        SURFACES[i] = trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
-    return SURFACES[i]
-
-
-def grasp_widowx(env, points, bottom, top) -> tuple[np.ndarray, float]:
-    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of mass."""
-    body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
-    middle = (env.target_entity.pose * body.cmass_local_pose).p[:2]
-    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar is 2.1 cm above it.
-    z = max(min((top + bottom) / 2, top - 0.004), envs.TABLE_Z + 0.017, top - 0.019)
-    slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
-    axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
-    now = np.arctan2(axis[1], axis[0])
-    best, found = np.inf, None
-    for yaw in np.deg2rad(np.arange(0, 180, 7.5)):
-        close, side = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
-        u, v = slab @ close, slab @ side
-        turn = (yaw - now + np.pi / 2) % np.pi - np.pi / 2
-        for shift in np.arange(-0.03, 0.031, 0.0075):
-            left, right = (np.abs(v - shift + d) < 0.0045 for d in (0.0045, -0.0045))
-            if left.sum() < 3 or right.sum() < 3:
-                continue
-            ends = np.array([[u[half].min(), u[half].max()] for half in (left, right)])
-            low, high = ends[:, 0].min(), ends[:, 1].max()
-            slope = np.abs(ends[0] - ends[1]).sum()  # of faces that are not parallel the object is squeezed out
-            cost = 2.5 * slope + 2 * max(high - low - 0.02, 0) + 0.8 * np.hypot((low + high) / 2, shift) + 0.02 * abs(turn)
-            cost += 10 * (high - low > 0.05) + (high - low < 0.013)  # the gripper's opening, and its gap when closed
-            if cost < best:
-                best, found = cost, ((low + high) / 2 * close + shift * side, now + turn)
-    offset, yaw = found
-    return np.array([*(middle + offset), z]), yaw
 
 
 def grasp_turn(env: envs.PutOnPlate) -> float:
@@ -259,24 +153,18 @@ def collect(environments, split: str, episode_ids, noise: float, seed: int):
 
 
 def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
-    """Episodes of `collect` -> frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
-    object_xyz (N, 5, 3),
-    chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
-    frames = {
-        k: torch.from_numpy(np.concatenate([e[k] for e in episodes])) for k in ("rgb", "classes", "action", "where")
-    }
-    lengths = [len(e["action"]) for e in episodes]
-    steps = [np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1) for n in lengths]  # (T, horizon)
-    frames["chunk"] = torch.from_numpy(np.concatenate([e["action"][i] for e, i in zip(episodes, steps)]))
-    frames["object_ids"] = torch.full((sum(lengths), 5), -1)
-    frames["object_xyz"] = torch.zeros(sum(lengths), 5, 3)
-    start = 0
-    for e, n in zip(episodes, lengths):
-        frames["object_ids"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["objects"])
-        frames["object_xyz"][start : start + n, : len(e["objects"])] = torch.from_numpy(e["object_xyz"])
-        start += n
-    frames["where"] = frames["where"].float()
-    return frames
+    """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
+    object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
+    parts = []
+    for e in episodes:
+        n, absent = len(e["action"]), 5 - len(e["objects"])
+        ahead = np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1)  # (T, horizon)
+        parts.append(dict(
+            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]), chunk=e["action"][ahead],
+            object_ids=np.tile(np.pad(e["objects"], (0, absent), constant_values=-1), (n, 1)),
+            object_xyz=np.float32(np.pad(e["object_xyz"], ((0, 0), (0, absent), (0, 0)))),
+        ))  # fmt: skip
+    return {k: torch.from_numpy(np.concatenate([part[k] for part in parts])) for k in parts[0]}
 
 
 def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
@@ -294,9 +182,7 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
     object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
     table = policy.word_embeddings()
-    words = torch.stack(
-        [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
-    )  # (25, H)
+    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names])  # (25, H)
     logits = F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]  # (B, n, 25)
     side = int(patches.shape[1] ** 0.5)
     cells = classes.shape[1] // side
@@ -363,9 +249,11 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         asked, answers = grounding_answers(batch, names)
         return policy.sft_loss(batch, [f"the {name}" for name in asked], answers, QUESTION, sigma=3.0)
 
+    def tasks(batch):
+        return [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
+
     def cloning(batch, **options):
-        tasks = [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
-        return policy.sft_loss(batch, tasks, policy.to_unit(batch["chunk"]), **options)
+        return policy.sft_loss(batch, tasks(batch), policy.to_unit(batch["chunk"]), **options)
 
     def stage_1():
         features.clear()
@@ -391,8 +279,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         hook.remove()
     with torch.no_grad():
         batch = sample(held_out, 512)
-        names_asked = [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
-        acted = policy.act(batch, names_asked, temperature=0).actions[:, 0]
+        acted = policy.act(batch, tasks(batch), temperature=0).actions[:, 0]
         report = dict(
             cloning_loss=cloning(batch, jitter=0.0).item(),
             error=(acted - batch["action"]).abs().mean(0).tolist(),
@@ -419,7 +306,7 @@ def cache_key(args: Args) -> str:
     """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "policies.py")]
+    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "rl4vla.py", "policies.py")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -438,9 +325,7 @@ def warm_start(backbone: str) -> Path:
 
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
-        raise envs.Fault(
-            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
-        )
+        raise envs.Fault(f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint")
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,12 @@ import pytest
 from sapien.physx import PhysxRigidDynamicComponent
 
 import envs
+import rl4vla
 
 SHARED = Path(__file__).parents[2] / "shared/assets"
 if SHARED.is_dir():
     os.environ.setdefault("PAIR_VLA_ASSETS", str(SHARED))
-needs_rl4vla = pytest.mark.skipif(bool(envs.faulty_assets()), reason="no assets of the pack rl4vla: see envs.py --download")
+needs_rl4vla = pytest.mark.skipif(bool(rl4vla.faulty_assets()), reason="no assets of the pack rl4vla: see envs.py --download")
 PACKS = ["builtin", pytest.param("rl4vla", marks=needs_rl4vla)]
 
 

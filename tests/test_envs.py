@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import PACKS, needs_rl4vla
+from PIL import Image
 
 import envs
+import rl4vla
 import sft
 from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, LIGHTS, OBJECTS, RING, TRAIN_YAWS, Fault, sample_episode
 
@@ -149,7 +151,7 @@ def test_wrong_arguments():
 
 
 # ---------------------------------------------------------------------------------------------------- assets (no simulator)
-NAMES = [line.split(" ", 1)[1] for line in envs.FILES.read_text().splitlines()]
+NAMES = [line.split(" ", 1)[1] for line in rl4vla.FILES.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -191,7 +193,7 @@ def test_a_faulty_asset_is_named_with_what_mends_it(copied, name, content, words
 def test_without_assets(tmp_path, monkeypatch):
     monkeypatch.delenv("PAIR_VLA_ASSETS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(envs, "ASSET_DIR", tmp_path)
+    monkeypatch.setattr(rl4vla, "ASSET_DIR", tmp_path)
     with pytest.raises(Fault, match=rf"is missing.* {len(NAMES) - 1} others.*--download"):
         envs.find_pack("rl4vla")
 
@@ -223,19 +225,19 @@ def test_download_fetches_what_is_missing_and_asks_nothing(copied, monkeypatch, 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(download_asset, "download", zipped)
-    envs.download()
+    envs.main(envs.Args(download=True))
     assert fetched == [] and "complete" in capsys.readouterr().out
     spoil(copied / BREAD, b"glTF")
     spoil(copied / BEAR, None)
     network[0] = False
     with pytest.raises(Fault, match="no route to host.*start it again"):
-        envs.download()
+        envs.main(envs.Args(download=True))
     network[0] = True
-    envs.download()
+    envs.main(envs.Args(download=True))
     assert sorted(fetched) == [BREAD, BEAR]
     spoil(copied / URDF, b"<robot")
-    envs.download()
-    assert fetched[2:] == ["robot"] and envs.faulty_assets() == {}
+    envs.main(envs.Args(download=True))
+    assert fetched[2:] == ["robot"] and rl4vla.faulty_assets() == {}
 
 
 # ---------------------------------------------------------------------------------------------------- one scene
@@ -279,6 +281,27 @@ def test_frame_shows_the_split(env, start):
     assert np.array_equal(looks["camera+0"][0], rgb)
     assert 0.02 < changed("clutter-8", ~mask) < 0.5
     assert changed("camera+20", np.full_like(mask, True)) > 0.1 < changed("camera-20", np.full_like(mask, True))
+
+
+THUMBNAILS = Path(__file__).parent / "builtin_thumbnails.png"  # five of 8 x 8 pixels in a row
+
+
+def thumbnails(env, start):
+    """(8, 40, 3) float: five frames of the pack `builtin`, each pixel the mean over 12 x 12 of theirs."""
+    columns = []
+    for episode_id, split in ((1, "train"), (2, "lighting"), (3, "clutter-8"), (4, "texture"), (5, "camera+20")):
+        start(env, episode_id, split, exact=False)
+        columns.append(env.picture()[0].reshape(8, 12, 8, 12, 3).mean((1, 3)))
+    return np.concatenate(columns, 1)
+
+
+def test_builtin_looks_as_it_did(env, start):
+    """A policy that was trained on these pictures still knows them. Four grey levels are left to other drivers.
+
+    After a change on purpose: `Image.fromarray(np.uint8(thumbnails(env, start).round())).save(THUMBNAILS)`.
+    """
+    error = np.abs(thumbnails(env, start) - np.array(Image.open(THUMBNAILS)))
+    assert error.max() <= 4, f"{(error.max(-1) > 4).sum()} of {error[..., 0].size} places differ, by {error.max():.0f} at most"
 
 
 def test_camera_orbits_by_so_many_degrees(env, start):

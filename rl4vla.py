@@ -1,0 +1,292 @@
+"""Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its files, on stock mani_skill.
+
+What envs.py asks of a pack: the robot, its camera and rates, and how objects, plate and tables are made. Then where the
+files are (`python envs.py --download` fetches them), and a scripted oracle, which sft.py and the tests use.
+"""
+
+import json
+import os
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sapien
+import trimesh
+from mani_skill import ASSET_DIR
+from mani_skill.agents.registration import register_agent
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
+from sapien.physx import PhysxRigidDynamicComponent
+from transforms3d.axangles import axangle2mat, mat2axangle
+from transforms3d.euler import mat2euler
+
+TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
+
+
+class Rl4vlaPack:
+    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind them.
+
+    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular damping (envs.py).
+    """
+
+    name = "rl4vla"
+    robot_uid = "widowx_bridge"
+    robot_look = dict(specular=0.9, roughness=0.3)
+    base_pose = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
+    init_qpos = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037])
+    camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
+    camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
+    image_size = 224
+    sim_freq, control_freq = 500, 5
+    max_episode_steps = 80
+    grasp_streak = 5
+    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.006]), 0.92
+    settles_again = True  # where something still moves after 0.3 s
+    floor = None  # what is not robot, object or plate is the photograph
+    table_materials = ()
+
+    @cached_property
+    def folder(self) -> Path:
+        return asset_folders()["carrot"]
+
+    @cached_property
+    def objects(self) -> list[tuple[str, dict]]:
+        """(folder, facts) of each object."""
+        return list(json.loads((self.folder / "more_carrot/model_db.json").read_text()).items())
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [entry["name"] for _, entry in self.objects]
+
+    @cached_property
+    def sizes(self) -> list[np.ndarray]:
+        return [np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for _, entry in self.objects]
+
+    def fault(self) -> str:
+        """What is the matter with the files; empty if nothing is."""
+        faults = faulty_assets()
+        if not faults:
+            return ""
+        path, fault = next(iter(faults.items()))
+        return f"{path} {fault}" + (f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else "")
+
+    def lens(self, size: int) -> dict:
+        """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
+        fx, fy, cx, cy = np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
+        return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
+
+    def radius(self, i: int) -> float:
+        box = self.objects[i][1]["bbox"]
+        return float(np.linalg.norm(np.abs([box["min"], box["max"]]).max(0)[:2]))
+
+    def plate_gap(self, i: int) -> float:
+        """RL4VLA's rule, also for long objects: one end may lie on the rim."""
+        return 0.07
+
+    def spawn_z(self, i: int, is_target: bool) -> float:
+        """RL4VLA lets objects fall."""
+        return 0.95 if is_target else 1.0
+
+    def _build(self, folder, density, builder, material):
+        builder.add_multiple_convex_collisions_from_file(str(folder / "collision.obj"), material=material, density=density)
+        (visual,) = folder.glob("textured.*")
+        builder.add_visual_from_file(str(visual))
+
+    def build_object(self, i, builder, material):
+        key, entry = self.objects[i]
+        self._build(self.folder / "more_carrot" / key, entry["density"], builder, material)
+
+    def build_plate(self, builder, material):
+        self._build(self.folder / "more_plate/001_plate_simpler", 1003, builder, material)
+
+    def photos(self, size: int) -> np.ndarray:
+        """(21, size, size, 3) uint8"""
+        from PIL import Image
+
+        files = sorted((self.folder / "more_table/imgs").glob("*.png"))
+        return np.stack([Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files])
+
+
+@register_agent()
+class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
+    """ManiSkill's WidowX250S with RL4VLA's controller: as envs.LightPanda's, but deltas accumulate on the commanded pose."""
+
+    uid = "widowx_bridge"
+    _sensor_configs = ()
+
+    @property
+    def urdf_path(self):
+        return str(asset_folders()["data"] / "robots/widowx/wx250s.urdf")
+
+    def _after_init(self):
+        self.tcp = self.robot.links_map["ee_gripper_link"]
+
+    @property
+    def _controller_configs(self):
+        (config,) = super()._controller_configs.values()
+        config["gripper"].mimic = {"right_finger": {"joint": "left_finger"}}
+        return {"pd_ee_target_delta_pose": config}
+
+
+# ------------------------------------------------------------------------------------------------------ files
+HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
+FILES = Path(__file__).parent / "rl4vla_files.txt"  # what the pack reads: "bytes path" in every line
+
+
+def asset_folders() -> dict[str, Path]:
+    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt: directory}.
+
+    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is fetched.
+    """
+    if "PAIR_VLA_ASSETS" in os.environ:
+        root = Path(os.environ["PAIR_VLA_ASSETS"])
+        return dict(carrot=root / "carrot", data=root / "data")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        hub = Path(snapshot_download(HUB_DATASET, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        hub = Path(f"the Hub's cache of {HUB_DATASET}")
+    return dict(carrot=hub / "carrot", data=ASSET_DIR)
+
+
+def faulty_assets() -> dict[Path, str]:
+    """Files of the pack that are not here or not whole -> what is the matter with them."""
+    folders, faults = asset_folders(), {}
+    for line in FILES.read_text().splitlines():
+        size, name = line.split(" ", 1)
+        folder, name = name.split("/", 1)
+        path = folders[folder] / name
+        if not path.is_file():
+            faults[path] = "is missing"
+            continue
+        found, wanted = path.stat().st_size, int(size)
+        if wanted == 0 and found != int.from_bytes(path.open("rb").read(12)[8:], "little"):  # a .glb says how long it is
+            faults[path] = f"has {found} bytes: it is cut off"
+        elif wanted not in (0, found):
+            faults[path] = f"has {found} bytes instead of {size}"
+    return faults
+
+
+def download():
+    """Fetches what is missing, asks nothing, and can be interrupted and started again. Raises OSError."""
+    from huggingface_hub import snapshot_download
+    from mani_skill.utils.assets.data import DATA_SOURCES
+    from mani_skill.utils.download_asset import download as download_zip
+
+    faults = faulty_assets()
+    robot = asset_folders()["data"] / "robots/widowx"
+    for path in faults:  # a file that was cut off would pass for complete
+        if path.is_file():
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)  # the Hub's cache holds links
+    if any(robot not in path.parents for path in faults):
+        local = dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
+        wanted = [line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line]
+        snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=wanted, **local)
+    if any(robot in path.parents for path in faults):
+        download_zip(replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent), non_interactive=True)
+
+
+# ------------------------------------------------------------------------------------------------------ scripted oracle
+def oracle(env) -> np.ndarray:
+    """One action (7,) float32 from privileged state; the phases of sft.oracle, with a hand that must be kept upright.
+
+    Deltas are counted from the commanded pose, as the controller counts them.
+    """
+    command = env.pack.base_pose * env.agent.controller.controllers["arm"]._target_pose.sp
+    tcp, target, plate = env.tcp_entity.pose, env.target_entity.pose, env.plate_entity.pose.p
+    opening = float(env.agent.robot._objs[0].qpos[-1])  # metres, 0.014 closed to 0.038
+    points = surface(env) @ target.to_transformation_matrix()[:3, :3].T + target.p
+    bottom, top = points[:, 2].min(), points[:, 2].max()
+    carried = opening < 0.033 and bottom > TABLE_Z + 0.012 and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
+    over_plate = np.linalg.norm(target.p[:2] - plate[:2])
+    low = bottom < TABLE_Z + 0.022 and over_plate < (0.03 if env.grasped else 0.05)
+    placed = env.success or (low and tcp.p[2] < TABLE_Z + 0.14)
+    goal, turn, gripper = command.p.copy(), None, 1.0
+    if placed:
+        if opening > 0.035:
+            goal[2] = TABLE_Z + 0.15
+    elif env.grasped or carried:
+        gripper = -1.0
+        if over_plate > (0.015 if bottom > TABLE_Z + 0.05 else 0.03):
+            goal[2] += TABLE_Z + 0.07 - bottom
+            if bottom > TABLE_Z + 0.045:
+                goal[:2] += plate[:2] - target.p[:2]
+        else:
+            goal[2] += TABLE_Z + 0.014 - bottom
+    else:
+        grasp, yaw = find_grasp(env, points, bottom, top)
+        turn = upright(yaw) @ command.to_transformation_matrix()[:3, :3].T
+        near = np.linalg.norm(grasp - command.p)
+        aligned = np.linalg.norm((grasp - command.p)[:2]) < 0.008 and axis_angle(turn)[1] < 0.08
+        if near < (0.006 if opening > 0.035 else 0.025) and opening > 0.0155:
+            goal, turn, gripper = command.p, None, -1.0
+        else:
+            goal = grasp.copy()
+            if not aligned:
+                goal[2] = max(grasp[2] + 0.07, TABLE_Z + 0.10)
+    move = goal - command.p
+    move *= min(1.0, 0.03 / max(np.linalg.norm(move), 1e-9))
+    to_base = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3]
+    angles = np.zeros(3)
+    if turn is not None:
+        axis, angle = axis_angle(turn)
+        small = axangle2mat(axis, min(angle, 0.35))
+        angles = mat2euler(to_base @ small @ to_base.T, "rxyz")
+    return np.array([*(to_base @ move), *angles, gripper], np.float32)
+
+
+def axis_angle(rotation) -> tuple[np.ndarray, float]:
+    """Axis and angle >= 0, radians, of a rotation (3, 3)."""
+    axis, angle = mat2axangle(rotation)
+    return (axis, angle) if angle >= 0 else (-axis, -angle)
+
+
+def upright(yaw: float) -> np.ndarray:
+    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y axis)."""
+    down, close = np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0])
+    return np.stack([down, close, np.cross(down, close)], 1)
+
+
+SURFACES = {}  # index of an object -> surface()
+
+
+def surface(env) -> np.ndarray:
+    """(1500, 3) metres: points on the target's collision shapes, in its own frame."""
+    i = env.episode.target
+    if i not in SURFACES:
+        shapes = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent).collision_shapes
+        parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
+        SURFACES[i] = trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
+    return SURFACES[i]
+
+
+def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
+    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of mass."""
+    body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
+    middle = (env.target_entity.pose * body.cmass_local_pose).p[:2]
+    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar is 2.1 cm above it.
+    z = max(min((top + bottom) / 2, top - 0.004), TABLE_Z + 0.017, top - 0.019)
+    slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
+    axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
+    now = np.arctan2(axis[1], axis[0])
+    best, found = np.inf, None
+    for yaw in np.deg2rad(np.arange(0, 180, 7.5)):
+        close, side = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
+        u, v = slab @ close, slab @ side
+        turn = (yaw - now + np.pi / 2) % np.pi - np.pi / 2
+        for shift in np.arange(-0.03, 0.031, 0.0075):
+            left, right = (np.abs(v - shift + d) < 0.0045 for d in (0.0045, -0.0045))
+            if left.sum() < 3 or right.sum() < 3:
+                continue
+            ends = np.array([[u[half].min(), u[half].max()] for half in (left, right)])
+            low, high = ends[:, 0].min(), ends[:, 1].max()
+            slope = np.abs(ends[0] - ends[1]).sum()  # of faces that are not parallel the object is squeezed out
+            cost = 2.5 * slope + 2 * max(high - low - 0.02, 0) + 0.8 * np.hypot((low + high) / 2, shift) + 0.02 * abs(turn)
+            cost += 10 * (high - low > 0.05) + (high - low < 0.013)  # the gripper's opening, and its gap when closed
+            if cost < best:
+                best, found = cost, ((low + high) / 2 * close + shift * side, now + turn)
+    offset, yaw = found
+    return np.array([*(middle + offset), z]), yaw
