@@ -128,6 +128,23 @@ def run(layer, x, recompute, **kwargs):
     return layer(x, **kwargs)
 
 
+def grey_levels(images_uint8, device):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, 0 to 255."""
+    if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
+        raise PolicyError(f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}.")
+    return images_uint8.to(device).permute(0, 3, 1, 2).float()
+
+
+def keep_variance(modules):
+    """Weights with which a signal keeps its variance from layer to layer; zero biases. For policies that start from nothing."""
+    for module in modules:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
+            nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def grid_waves(count, dim):
     """Position embeddings (count, dim) of a square grid: 1 to 10 quarter waves from edge to middle."""
     axis = torch.linspace(-1, 1, round(count**0.5))
@@ -135,11 +152,14 @@ def grid_waves(count, dim):
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(1) / 2
 
 
-def strided_convs(patch_size, channels, width):
-    """A patch embedding (B, 3, S, S) -> (B, width, S / patch_size, S / patch_size) in steps of stride 2, ReLUs between."""
-    assert 2 ** (len(channels) + 1) == patch_size, "n channels make n + 1 convs, and 2**(n+1) pixels a patch"
-    convs = [m for i, o in zip([3, *channels], channels) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
-    return nn.Sequential(*convs, nn.Conv2d(channels[-1], width, 3, 2, 1))
+def patch_embedding(patch, width, stem):
+    """(B, 3, S, S) -> (B, width, S / patch, S / patch): one convolution, or with `stem` (their output channels) several of
+    stride 2, ReLUs between."""
+    if not stem:
+        return nn.Conv2d(3, width, patch, patch)
+    assert 2 ** (len(stem) + 1) == patch, "n channels make n + 1 convs, and 2**(n+1) pixels a patch"
+    convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
+    return nn.Sequential(*convs, nn.Conv2d(stem[-1], width, 3, 2, 1))
 
 
 class ViT(nn.Module):
@@ -153,12 +173,9 @@ class ViT(nn.Module):
                  mlp_ratio=4.0, stem=None):  # fmt: skip
         super().__init__()
         self.num_heads, self.num_patches = num_heads, (image_size // patch_size) ** 2
-        if stem:
-            stem_and_proj = strided_convs(patch_size, stem, embed_dim)
-            patch_embed = {"stem": stem_and_proj[:-1], "proj": stem_and_proj[-1]}
-        else:
-            patch_embed = {"stem": nn.Identity(), "proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)}
-        self.patch_embed = nn.ModuleDict(patch_embed)
+        patches = patch_embedding(patch_size, embed_dim, stem)
+        convs, proj = (patches[:-1], patches[-1]) if stem else (nn.Identity(), patches)
+        self.patch_embed = nn.ModuleDict({"stem": convs, "proj": proj})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
@@ -373,12 +390,7 @@ class OpenVLA(nn.Module):
         image. Position embeddings start as waves over the grid; action tokens as random waves over the bin's value, so
         that a bin which no demonstration has used is not plain noise.
         """
-        for part in (self.vision_backbone, self.projector):
-            for module in part.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
-                    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
-                    nn.init.zeros_(module.bias)
+        keep_variance([*self.vision_backbone.modules(), *self.projector.modules()])
         for tower in self.vision_backbone.values():
             tower.pos_embed.data = grid_waves(*tower.pos_embed.shape[1:])[None]
         for layer in self.language_model.model.layers:  # attention starts by content: a word looks at patches like it
@@ -429,11 +441,7 @@ class OpenVLA(nn.Module):
 
     def preprocess(self, images_uint8):
         """(B, H, W, 3) uint8 -> (B, 6, S, S) float32. Aspect ratio is not kept, nothing is cropped ("resize-naive")."""
-        if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
-            raise PolicyError(
-                f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
-            )
-        x = images_uint8.to(self.device).permute(0, 3, 1, 2).float()
+        x = grey_levels(images_uint8, self.device)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
             x = x.clamp(0, 255).round()  # back to grey levels, as the uint8 route of RLinf does
@@ -713,13 +721,6 @@ class AdaDecoderLayer(GemmaDecoderLayer):
         return x + gate * self.mlp(y)
 
 
-def patch_embedding(patch, width, stem):
-    """(B, 3, S, S) -> (B, width, S / patch, S / patch). `stem` (output channels): strided convs do part of the way."""
-    if not stem:
-        return nn.Conv2d(3, width, patch, patch)
-    return strided_convs(patch, stem, width)
-
-
 class Pi0(nn.Module):
     """The flow policy: pi0 and pi0.5 (openpi), sampled and trained by Flow-SDE (RLinf).
 
@@ -825,12 +826,7 @@ class Pi0(nn.Module):
 
     def init_from_scratch(self):
         """What pretraining has done for the official models: the image reaches the actions (see OpenVLA's)."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
-                nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        keep_variance(self.modules())
         for module in self.modules():
             if isinstance(module, AdaRMSNorm):  # starts as a plain norm with an open gate
                 nn.init.zeros_(module.dense.weight)
@@ -1036,11 +1032,7 @@ class Pi0(nn.Module):
 
         A square picture is one that was squashed: it gets the camera's aspect ratio back.
         """
-        if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
-            raise PolicyError(
-                f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
-            )
-        x, size = images_uint8.to(self.device).permute(0, 3, 1, 2).float(), self.image_size
+        x, size = grey_levels(images_uint8, self.device), self.image_size
         height, width = x.shape[-2:]
         if height == width:
             height = width / self.config["camera_aspect"]
