@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sapien
 import torch
+from transforms3d.euler import euler2quat
 
 import envs
 import policies
@@ -15,8 +18,7 @@ NAMES = [name for name, _, _ in envs.OBJECTS]
 
 
 @pytest.fixture(scope="module")
-def episodes():
-    env = envs.make_env("builtin")
+def episodes(env):
     return sft.collect([env], "train", [400_000, 400_001], 0.0, 0) + sft.collect([env], "busy", [0], 0.0, 0)
 
 
@@ -40,6 +42,39 @@ def test_the_oracle_solves_and_its_frames_are_labelled(episodes):
     assert all(e["success"] for e in episodes[:2])
     first = episodes[0]  # at the end the target lies over the plate
     assert np.linalg.norm(first["object_xyz"][-1, 0, :2] - first["where"][-1, 0, :2]) < 0.065
+
+
+def turn_to(name, target, hand):
+    """grasp_turn in degrees for an object and a hand (which looks down) whose x axes point that many degrees from x."""
+    looks = dict(target=(0, target), tcp=(np.pi, hand))
+    poses = {k: sapien.Pose(q=euler2quat(tilt, 0, np.deg2rad(yaw))) for k, (tilt, yaw) in looks.items()}
+    fake = {f"{k}_entity": SimpleNamespace(pose=pose) for k, pose in poses.items()}
+    return np.rad2deg(sft.grasp_turn(SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake)))
+
+
+@pytest.mark.parametrize("hand", [0, 48, -130])
+def test_the_hand_turns_for_a_long_target_that_lies_along_the_fingers_and_for_nothing_else(hand):
+    for off in (0, 30, 60, 90, 120):
+        for name in ("red cube", "purple cross", "blue can"):
+            assert turn_to(name, hand + off, hand) == 0
+    for off in (0, 30, -45, 50, -50, 180, 215):  # fingers that close straighten these
+        assert turn_to("brown stick", hand + off, hand) == 0
+    for off, turn in ((60, 60), (-60, -60), (89, 89), (91, -89), (240, 60), (-240, -60), (119, -61)):
+        assert np.isclose(turn_to("brown stick", hand + off, hand), turn, atol=1e-3)
+
+
+def test_without_that_turn_the_oracle_fails(env, start, monkeypatch):
+    """A bar of 9 cm that lies along the fingers, which open 8 cm."""
+
+    def solved():
+        start(env, 35, "bare")
+        for _ in range(env.pack.max_episode_steps):
+            env.step(sft.oracle(env))
+        return env.success_once
+
+    assert solved() and env.instruction == "put green bar on plate"
+    monkeypatch.setattr(sft, "grasp_turn", lambda env: 0.0)
+    assert not solved()
 
 
 def test_chunks_are_the_actions_that_follow(episodes, frames):
