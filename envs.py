@@ -735,7 +735,7 @@ def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
     return env.unwrapped
 
 
-def serve(conn_fd: int, memory_fd: int):
+def run_worker(conn_fd: int, memory_fd: int):
     """A worker process: owns some of the environments, obeys (command, argument) messages until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it then closes the pipe
     torch.set_num_threads(1)
@@ -814,7 +814,7 @@ class VecEnv:
         self._slots = [list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)]
         self._workers = []
         here = os.path.dirname(os.path.abspath(__file__))
-        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs.serve(%d, %d)"
+        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs.run_worker(%d, %d)"
         for slots in self._slots:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-c", code % (theirs.fileno(), shared.fileno())]
