@@ -58,6 +58,7 @@ test-slow: setup
 
 lint: setup
 	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache

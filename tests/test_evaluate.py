@@ -232,11 +232,7 @@ def test_bootstrap_ood_average_counts_clutter_once_and_keeps_ids_together():
 
 def test_bootstrap_splits_of_unequal_size_and_seeds():
     a = make_records("train", [0] * 30) + make_records("pose", [0] * 30) + make_records("pose", [0] * 30, seed=1)
-    b = (
-        make_records("train", [1] * 30)
-        + make_records("pose", [1, 0, 0] * 10)
-        + make_records("pose", [1, 1, 0] * 10, seed=1)
-    )
+    b = make_records("train", [1] * 30) + make_records("pose", [1, 0, 0] * 10) + make_records("pose", [1, 1, 0] * 10, seed=1)
     differences = {d.name: d for d in ev.paired_bootstrap(a, b)}
     assert (differences["train"].pairs, differences["pose"].pairs) == (30, 60)
     assert (differences["train"].low, differences["train"].high) == (1, 1)
@@ -358,9 +354,7 @@ def test_main_writes_records_table_and_videos(toy_world, capsys):
     assert loaded == [("toy", str(checkpoint))]
     records = ev.read_records(checkpoint / "eval")  # a directory
     assert records == ev.read_records(checkpoint / "eval" / "episodes.jsonl")  # or the file
-    assert [(r["split"], r["seed"]) for r in records] == [
-        (s, k) for s in ("train", "pose") for k in (0, 1) for _ in range(6)
-    ]
+    assert [(r["split"], r["seed"]) for r in records] == [(s, k) for s in ("train", "pose") for k in (0, 1) for _ in range(6)]
     assert [r["episode_id"] for r in records[:12]] == ev.eval_episode_ids(6, 0) + ev.eval_episode_ids(6, 1)
     expected = ev.evaluate(Noisy(), Toy(4), "pose", ev.eval_episode_ids(6, 1), 0.6, seed=1)
     assert records[18:] == expected  # the file gives back what evaluate returned
