@@ -783,6 +783,8 @@ def run_worker(conn_fd: int, memory_fd: int):
         pass  # the main process is gone or has closed us
     except Exception as error:
         conn.send(("fault", str(error)) if isinstance(error, Fault) else ("error", traceback.format_exc()))
+    finally:
+        URDF_FOLDER.cleanup()  # here, because a busy machine's worker is killed before Python would
 
 
 def _reference(function) -> tuple[str, str]:
