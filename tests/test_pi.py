@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from toy import toy_policy
 
 import policies
 import ppo_pair
@@ -899,14 +900,7 @@ class Bright:
 def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
     """The real rollout and update on a policy that knows nothing; with the advantage's sign flipped it unlearns."""
     torch.manual_seed(0)
-    config = policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
-    config |= {"image_size": 16, "patch": 8, "stem": [16, 16], "vis_width": 32, "vis_depth": 1, "vis_mlp": 64, "depth": 1,
-               "head_dim": 16, "vlm_width": 32, "vlm_mlp": 64, "exp_width": 32, "exp_mlp": 64}  # fmt: skip
-    policy = policies.Pi0(config)
-    policy.init_from_scratch()
-    policy.init_value_head()
-    policy.use_norm_stats("builtin")
-    policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
+    policy = toy_policy("pi05-tiny")
     args = ppo_pair.Args(num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
                          inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []

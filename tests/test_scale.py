@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from toy import Toy, make_envs, toy_policy
+from toy import Toy, in_float64, make_envs, toy_policy
 
 import envs
 import evaluate
@@ -29,16 +30,27 @@ import ppo_pair
 ROOT = Path(__file__).parents[1]
 FLAGS = """--num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
 --eval-episodes 0 --learning-rate 1e-3 --target-kl 0 --save-every 1 --keep 2""".split()
+TOYS = ["openvla-tiny", "pi05-tiny"]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A toy policy that has learnt nothing, as a checkpoint."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("start")
-    toy_policy().save(directory)
-    (directory / "args.json").write_text(json.dumps(dict(backbone="openvla-tiny", assets="builtin")))
-    return directory
+def start_of(tmp_path_factory):
+    """start_of(backbone): a toy policy that has learnt nothing, as a checkpoint."""
+
+    @functools.cache
+    def start_of(backbone):
+        torch.manual_seed(0)
+        directory = tmp_path_factory.mktemp("start")
+        toy_policy(backbone).save(directory)
+        (directory / "args.json").write_text(json.dumps(dict(backbone=backbone, assets="builtin")))
+        return directory
+
+    return start_of
+
+
+@pytest.fixture(scope="module")
+def start(start_of):
+    return start_of("openvla-tiny")
 
 
 def fork(function, log):
@@ -65,11 +77,6 @@ def fork(function, log):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def in_float64(original=torch.Tensor.float):
-    """What the code computes in float32 becomes float64, but for positions (of which transformers makes float32 angles)."""
-    torch.Tensor.float = lambda x: original(x) if x.dtype == torch.int64 else x.double()
 
 
 def train(*command, log="/dev/null", before=lambda: None):
@@ -148,8 +155,9 @@ def ranks(world, function, tmp_path):
     assert codes == [0] * world, "".join((tmp_path / f"rank{rank}").read_text() for rank in range(world))
 
 
-def test_one_process_equals_two_and_three(tmp_path):
-    """Rollout (argmax, as noise depends on the rank) and the whole of Eq. (4), 3 ranks with 5, 5 and 6 environments.
+@pytest.mark.parametrize("backbone", TOYS)
+def test_one_process_equals_two_and_three(tmp_path, backbone):
+    """Rollout and the whole of Eq. (4), 3 ranks with 5, 5 and 6 environments; noise is made to depend on the environment.
 
     In float64, so that nothing but the rounding of sums is left: they agree within 1e-9 (relative).
     """
@@ -159,16 +167,25 @@ def test_one_process_equals_two_and_three(tmp_path):
     def function(rank):
         if ppo_pair.WORLD > 1:
             dist.init_process_group("gloo")
-        in_float64()
+        torch.Tensor.float = in_float64
+        torch.set_default_dtype(torch.float64)
         torch.manual_seed(0)
-        policy = toy_policy().double()
-        policy.act = functools.partial(policy.act, temperature=0)
+        policy = toy_policy(backbone).double()
         head = list(policy.value_head.parameters())
         actor = [p for p in policy.parameters() if all(p is not q for q in head)]
         optimizer = torch.optim.SGD([dict(params=actor), dict(params=head)], lr=1e-2)
         mine, shared, before = ppo_pair.share(16), torch.Generator(), copy.deepcopy(policy.state_dict())
+        steps = itertools.count()
+
+        def act(obs, instructions, act=policy.act):
+            parts, step = [], next(steps)
+            for i, slot in enumerate(mine):
+                torch.manual_seed(16 * step + slot)
+                parts.append(act({k: v[i : i + 1] for k, v in obs.items()}, instructions[i : i + 1]))
+            return policies.Decision(*map(torch.cat, zip(*parts)))
+
+        policy.act = act
         for iteration in range(2):
-            torch.manual_seed(rank)
             shared.manual_seed(iteration)
             ids = (100 * iteration + 16 * i + slot for i in range(4) for slot in mine)
             batch, stats = ppo_pair.rollout(args, policy, Toy(len(mine)), ids, torch.device("cpu"))
@@ -204,12 +221,28 @@ def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ resume
+def fresh(start, run):
+    """Command line of a new run."""
+    backbone = json.loads((start / "args.json").read_text())["backbone"]
+    return "--backbone", backbone, "--checkpoint", start, "--run-dir", run, *FLAGS
+
+
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """A run of 8 iterations that nobody disturbed."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 8, *FLAGS, log=run.parent / "log")) == 0
-    return run
+def whole_of(start_of, tmp_path_factory):
+    """whole_of(backbone): a run of 8 iterations that nobody disturbed."""
+
+    @functools.cache
+    def whole_of(backbone):
+        run = tmp_path_factory.mktemp("whole") / "run"
+        assert wait(train(*fresh(start_of(backbone), run), "--iterations", 8, log=run.parent / "log")) == 0
+        return run
+
+    return whole_of
+
+
+@pytest.fixture(scope="module")
+def whole(whole_of):
+    return whole_of("openvla-tiny")
 
 
 def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
@@ -226,16 +259,23 @@ def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
 
 
 def test_two_processes_with_one_seed_are_the_same(start, whole, tmp_path):
-    assert wait(train("--checkpoint", start, "--run-dir", tmp_path / "run", "--iterations", 8, *FLAGS)) == 0
+    """Bitwise; the second one is a Python of its own, with other hashes."""
+    command = [sys.executable, ROOT / "tests/toy.py", *fresh(start, tmp_path / "run"), "--iterations", "8"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONHASHSEED="7")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole / "checkpoint-000008"))
 
 
 def kill_and_resume(start, run, iterations, kills, seed):
     """SIGKILL at random instants, or at a random call in the middle of writing a checkpoint, each time followed by
-    --resume; returns what it was killed in."""
+    --resume; returns what it was killed in. Whatever is called a checkpoint is whole, at any time."""
     rng, killed, attempts = random.Random(seed), [], 0
     while True:
-        how = ["--resume", run] if list(run.glob("checkpoint-*[0-9]")) else ["--checkpoint", start, "--run-dir", run, *FLAGS]
+        saved = ppo_pair.checkpoints(run)
+        for checkpoint in saved:
+            policies.verify(checkpoint)
+        how = ["--resume", run] if saved else fresh(start, run)
         in_write = rng.random() < 0.5
         calls = [rng.randrange(1, 24)]
 
@@ -265,18 +305,20 @@ def kill_and_resume(start, run, iterations, kills, seed):
         killed.append("write")
 
 
-def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start, whole, tmp_path):
+@pytest.mark.parametrize("backbone", TOYS)
+def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start_of, whole_of, tmp_path, backbone):
     """Bitwise: weights, optimizer, history. Three kills here, twenty in the slow test."""
-    killed = kill_and_resume(start, tmp_path / "run", 8, 3, seed=3)
+    killed = kill_and_resume(start_of(backbone), tmp_path / "run", 8, 3, seed=3)
     assert len(killed) == 3 and "write" in killed
-    assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole / "checkpoint-000008"))
+    assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole_of(backbone) / "checkpoint-000008"))
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start, tmp_path):
-    reference = tmp_path / "reference/run"
+@pytest.mark.parametrize("backbone", TOYS)
+def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start_of, tmp_path, backbone):
+    reference, start = tmp_path / "reference/run", start_of(backbone)
     reference.parent.mkdir()
-    assert wait(train("--checkpoint", start, "--run-dir", reference, "--iterations", 40, *FLAGS), 600) == 0
+    assert wait(train(*fresh(start, reference), "--iterations", 40), 600) == 0
     killed = kill_and_resume(start, tmp_path / "run", 40, 20, seed=0)
     assert len(killed) == 20 and {"write", "anywhere"} == set(killed), killed
     assert_same(state(tmp_path / "run/checkpoint-000040"), state(reference / "checkpoint-000040"))

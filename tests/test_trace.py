@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Toy
+from toy import Toy, in_float64
 
 import policies
 import ppo_pair
@@ -43,14 +43,10 @@ def trace(backbone, double=True):
     return rows
 
 
-def in_float64(x, original=torch.Tensor.float):
-    """Kernels differ between CPUs: AVX2 instead of AVX-512 changes these numbers by up to 5e-5 in float32, 4e-13 in float64. So
-    what is float32 becomes float64 here, but for positions: transformers makes float32 angles of them."""
-    return original(x) if x.dtype == torch.int64 else x.double()
-
-
 @pytest.mark.parametrize("backbone", [name for name in ppo_pair.TABLE_3 if name.endswith("-tiny")])
 def test_the_trace_is_reproduced(backbone, monkeypatch):
+    """In float64. Kernels differ between CPUs: AVX2 instead of AVX-512 changes these numbers by up to 5e-5 in float32, by 4e-13
+    in float64."""
     monkeypatch.setattr(torch.Tensor, "float", in_float64)
     torch.testing.assert_close(torch.tensor(trace(backbone)), torch.tensor(json.loads(FILE.read_text())[backbone]), rtol=1e-5,
                                atol=1e-7)  # fmt: skip

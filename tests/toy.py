@@ -1,4 +1,4 @@
-"""A vector environment that takes no time, and a policy of two dozen thousand weights: the real ppo_pair.py in seconds.
+"""A vector environment that takes no time, and policies of two dozen thousand weights: the real ppo_pair.py in seconds.
 
 python tests/toy.py --checkpoint START --num-envs 8 ...      # ppo_pair.py's command line on it, also under torchrun
 """
@@ -66,19 +66,31 @@ class Toy:
         pass
 
 
-def toy_policy():
-    config = copy.deepcopy(policies.OPENVLA_TINY)
-    config["image_sizes"] = [16, 16]
-    config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                  num_key_value_heads=2)  # fmt: skip
-    config["_tiny_timm_kwargs"][0] |= dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16])
-    config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
-    policy = policies.OpenVLA(config)
+def toy_policy(backbone="openvla-tiny"):
+    if backbone == "openvla-tiny":
+        config = copy.deepcopy(policies.OPENVLA_TINY)
+        config["image_sizes"] = [16, 16]
+        config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                      num_key_value_heads=2)  # fmt: skip
+        config["_tiny_timm_kwargs"][0] |= dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16])
+        config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
+        policy = policies.OpenVLA(config)
+    else:
+        config = policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
+        config |= dict(image_size=16, patch=8, stem=[16, 16], vis_width=32, vis_depth=1, vis_mlp=64, depth=1, head_dim=16,
+                       vlm_width=32, vlm_mlp=64, exp_width=32, exp_mlp=64)  # fmt: skip
+        policy = policies.Pi0(config)
     policy.init_from_scratch()
     policy.init_value_head()
     policy.use_norm_stats("builtin")
     policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
     return policy.eval()
+
+
+def in_float64(x, original=torch.Tensor.float):
+    """Instead of torch.Tensor.float: what is computed in float32 becomes float64. But for positions: transformers makes
+    float32 angles of them. Weights (.double()) and noise (torch.set_default_dtype) are the caller's."""
+    return original(x) if x.dtype == torch.int64 else x.double()
 
 
 def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None):
