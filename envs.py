@@ -737,7 +737,6 @@ def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
 
 def run_worker(conn_fd: int, memory_fd: int):
     """A worker process: owns some of the environments, obeys (command, argument) messages until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it then closes the pipe
     torch.set_num_threads(1)
     conn = Connection(conn_fd)
     try:
@@ -820,7 +819,9 @@ class VecEnv:
         for slots in self._slots:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-c", code % (theirs.fileno(), shared.fileno())]
-            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), shared.fileno()), stdin=subprocess.DEVNULL)
+            # A process group of its own: Ctrl-C is the main process's to handle, from the worker's first instant on
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), shared.fileno()), stdin=subprocess.DEVNULL,
+                                       process_group=0)  # fmt: skip
             theirs.close()
             self._workers.append((process, Connection(ours.detach())))
             setup = dict(assets=assets, image_size=self.image_size, slots=slots,

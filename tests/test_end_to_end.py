@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -74,6 +75,41 @@ def test_resume_goes_on_where_it_stopped(trained):
     assert not any(torch.equal(p, adapters[1][key]) for key, p in adapters[0].items() if "lora_B" in key)
     state = torch.load(run_dir / "checkpoint-000003/trainer.pt", weights_only=True)
     assert state["iteration"] == 3 and len(state["successes"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["openvla-tiny", "pi05-tiny"])
+def test_killed_at_random_instants_and_resumed_is_as_if_never_killed(tmp_path, backbone):
+    """Bitwise, with the real physics, and each time by a Python of its own: weights, optimizer, history."""
+    start = ROOT / "warmstart" / backbone
+    if not start.is_dir():
+        start = tmp_path / "start"
+        torch.manual_seed(0)
+        policies.load_policy(backbone).save(start)
+    flags = ["--backbone", backbone, "--checkpoint", str(start), "--iterations", "8", *SMALL.split(), "--save-every", "2"]
+    done = run("ppo_pair.py", "--run-dir", str(tmp_path / "reference"), *flags, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    for lines in (2, 1, 0):  # killed up to two seconds after so many iterations
+        before = log.read_text().count("ratio_dev") if log.exists() else 0
+        with open(log, "a") as file:
+            command = [sys.executable, "ppo_pair.py", "--run-dir", str(tmp_path / "run"), "--resume", "auto", *flags]
+            environment = dict(os.environ, PYTHONUNBUFFERED="1")
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
+        while lines and process.poll() is None and log.read_text().count("ratio_dev") < before + lines:
+            time.sleep(0.05)
+        if lines:
+            time.sleep(random.uniform(0, 2))
+            process.kill()
+        assert process.wait(3600) == (-signal.SIGKILL if lines else 0), log.read_text()
+    assert "going on from" in log.read_text() and "Traceback" not in log.read_text()
+    ours, theirs = (tmp_path / name / "checkpoint-000008" for name in ("run", "reference"))
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    ours, theirs = (torch.load(path / "trainer.pt", weights_only=True) for path in (ours, theirs))
+    for (_, a), (_, b) in zip(*(sorted(trainer["optimizer"].pop("state").items()) for trainer in (ours, theirs)), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+    assert ours == theirs
 
 
 def test_ppo_baseline_computes_no_views(start, tmp_path):

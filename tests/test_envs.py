@@ -4,6 +4,7 @@ policy."""
 import itertools
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -536,6 +537,47 @@ def test_a_failing_worker_tells_why(kind, capfd):
         vec.map(fail, (kind,))
     err = capfd.readouterr().err
     assert ("ValueError: a bug in the worker" in err and "Traceback" in err) == (kind == "bug")
+
+
+def tell_and_nap(environments, file):
+    Path(file).touch()
+    time.sleep(2)
+
+
+def test_a_worker_whose_main_process_is_gone_ends_quietly(tmp_path):
+    """Ctrl-C while it starts is the main process's to handle; that is then killed while the worker is at work."""
+    errors, stderr = os.pipe()
+    main = os.fork()
+    if main == 0:
+        try:
+            os.setpgid(0, 0)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            signal.signal(signal.SIGINT, lambda *_: None)
+            envs.make_envs(1, num_workers=1).map(tell_and_nap, (str(tmp_path / "at work"),))
+        finally:
+            os._exit(1)
+    os.close(stderr)
+    children, deadline = Path(f"/proc/{main}/task/{main}/children"), time.monotonic() + 120
+    while not children.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(main, signal.SIGINT)
+    while not (tmp_path / "at work").exists():
+        assert os.waitpid(main, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, os.read(errors, 65536).decode()
+        time.sleep(0.1)
+    os.kill(main, signal.SIGKILL)
+    os.waitpid(main, 0)
+    said = b""
+    while select.select([errors], [], [], 60)[0]:
+        part = os.read(errors, 65536)
+        said += part
+        if not part:  # nobody holds the other end: no process is left
+            break
+    else:
+        raise AssertionError("the worker is still there")
+    os.close(errors)
+    assert not said, said.decode()
 
 
 # ---------------------------------------------------------------------------------------------------- preflight

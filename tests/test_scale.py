@@ -138,8 +138,8 @@ def assert_same(a, b):
 
 
 # ------------------------------------------------------------------------------------------------ ranks
-def ranks(world, function, tmp_path):
-    """function(rank) in `world` processes that form a gloo group; waits for them."""
+def ranks(world, function, tmp_path, code=0):
+    """function(rank) in `world` processes that form a gloo group; waits for them -> what they print."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -152,7 +152,9 @@ def ranks(world, function, tmp_path):
 
     pids = [fork(functools.partial(child, rank), tmp_path / f"rank{rank}") for rank in range(world)]
     codes = [wait(pid) for pid in pids]
-    assert codes == [0] * world, "".join((tmp_path / f"rank{rank}").read_text() for rank in range(world))
+    texts = [(tmp_path / f"rank{rank}").read_text() for rank in range(world)]
+    assert codes == [code] * world, "".join(texts)
+    return texts
 
 
 @pytest.mark.parametrize("backbone", TOYS)
@@ -220,6 +222,51 @@ def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
     assert len((tmp_path / "eval1/episodes.jsonl").read_text().splitlines()) == 3 * 2 * 11
 
 
+def two_ranks(tmp_path, *command, code=0, before_update=lambda iteration, batch: None):
+    """ppo_pair.py COMMAND on two ranks -> what they print."""
+
+    def function(rank, original=ppo_pair.update):
+        iterations = itertools.count(1)
+
+        def update(args, policy, optimizer, batch, *rest):
+            before_update(next(iterations), batch)
+            return original(args, policy, optimizer, batch, *rest)
+
+        ppo_pair.update, sys.argv = update, ["ppo_pair.py", *map(str, command)]
+        ppo_pair.command_line()
+
+    return ranks(2, function, tmp_path, code)
+
+
+def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been(start, tmp_path):
+    """Bitwise. Both end with 0, though only one was told."""
+    flags = "--iterations", 3, "--save-every", 9
+
+    def terminate(iteration, batch):
+        if (ppo_pair.RANK, iteration) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    said, _ = two_ranks(tmp_path, *fresh(start, tmp_path / "run"), *flags, before_update=terminate)
+    assert f"stopped by SIGTERM after iteration 2; go on with: python ppo_pair.py --resume {tmp_path / 'run'}" in said
+    two_ranks(tmp_path, "--resume", tmp_path / "run")
+    two_ranks(tmp_path, *fresh(start, tmp_path / "undisturbed"), *flags)
+    ours, theirs = (state(tmp_path / run / "checkpoint-000003") for run in ("run", "undisturbed"))
+    for flat in (ours, theirs):  # the two runs save at different iterations
+        del flat["/trainer/best/0"], flat["/trainer/best/1"]
+    assert_same(ours, theirs)
+
+
+def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
+    def spoil(iteration, batch):
+        if (ppo_pair.RANK, iteration) == (1, 2):
+            batch["returns"][0] = float("nan")
+
+    for said in two_ranks(tmp_path, *fresh(start, tmp_path / "run"), "--iterations", 3, code=2, before_update=spoil):
+        assert "a loss, log-prob or gradient is not finite: stopped before the step" in said and "Traceback" not in said
+    assert ppo_pair.newest_checkpoint(tmp_path / "run").name == "checkpoint-000001"
+    assert {p.name for p in (tmp_path / "run").glob("nonfinite*")} == {"nonfinite_rank0.pt", "nonfinite_rank1.pt"}
+
+
 # ------------------------------------------------------------------------------------------------ resume
 def fresh(start, run):
     """Command line of a new run."""
@@ -256,6 +303,16 @@ def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
     assert {p.name for p in whole.glob("check*")} == {"checkpoint-000007", "checkpoint-000008", f"checkpoint-{best:06d}"}
     sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=whole / "checkpoint-000008", capture_output=True, text=True)
     assert sums.returncode == 0 and sums.stdout.count("OK") == 6
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    policy, args, bests = toy_policy(), ppo_pair.Args(keep=2), (1, 2, 2, 2, 2, 6)
+    lefts = [1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6]
+    for iteration, best, left in zip(itertools.count(1), bests, lefts):
+        ppo_pair.save_checkpoint(tmp_path, policy, args, dict(iteration=iteration, best=(0.5, best)))
+        assert [int(p.name[-6:]) for p in ppo_pair.checkpoints(tmp_path)] == left
+        assert (tmp_path / "best").resolve() == tmp_path / f"checkpoint-{best:06d}"
+        assert not list(tmp_path.glob("*.partial"))
 
 
 def test_two_processes_with_one_seed_are_the_same(start, whole, tmp_path):
@@ -308,8 +365,8 @@ def kill_and_resume(start, run, iterations, kills, seed):
 @pytest.mark.parametrize("backbone", TOYS)
 def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start_of, whole_of, tmp_path, backbone):
     """Bitwise: weights, optimizer, history. Three kills here, twenty in the slow test."""
-    killed = kill_and_resume(start_of(backbone), tmp_path / "run", 8, 3, seed=3)
-    assert len(killed) == 3 and "write" in killed
+    killed = kill_and_resume(start_of(backbone), tmp_path / "run", 8, 3, seed=4)
+    assert killed == ["write", "anywhere", "write"]  # the first before there was any checkpoint
     assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole_of(backbone) / "checkpoint-000008"))
 
 
@@ -535,12 +592,29 @@ def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
     assert wait(train("--resume", run, "--iterations", 3, log=log)) == 0, log.read_text()
 
 
-def test_weights_that_are_not_finite_do_not_start(start, tmp_path):
+@pytest.mark.parametrize("value, sentence", [(float("inf"), "weight projector.fc3.weight is not finite"), (0.0, "not see")])
+def test_a_policy_that_is_broken_or_blind_does_not_start(start, tmp_path, value, sentence):
     policy, log = policies.load_policy("openvla-tiny", start), tmp_path / "log"
-    policy.projector["fc1"].bias.data[0] = float("inf")
+    policy.projector["fc3"].weight.data[:] = value
     policy.save(tmp_path / "broken")
-    assert wait(train("--checkpoint", tmp_path / "broken", "--run-dir", tmp_path / "run", *FLAGS, log=log)) == 2
-    assert "error: the weight projector.fc1.bias is not finite" in log.read_text()
+    assert wait(train(*fresh(start, tmp_path / "run"), "--checkpoint", tmp_path / "broken", log=log)) == 2
+    assert sentence in log.read_text() and "Traceback" not in log.read_text() and "ratio_dev" not in log.read_text()
+
+
+def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
+    """All KLs fall to a hundredth after the first iteration that is not the critic's, and stay there for five."""
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def before(update=ppo_pair.update):
+        def kl():
+            return 0.01 if (run / "checkpoint-000002").exists() else 1.0
+
+        ppo_pair.update = lambda *args: update(*args) | dict(inv_kl=kl(), sen_kl=kl())
+        ppo_pair.unrelated_kl = lambda *_: kl()
+
+    assert wait(train(*fresh(start, run), "--iterations", 9, log=log, before=before)) == 2
+    assert "error: the policy is going blind" in log.read_text() and "Traceback" not in log.read_text()
+    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000006"
 
 
 def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
