@@ -142,7 +142,7 @@ class Args:
     batch_size: int | None = None
     """decisions per optimizer step, of all ranks together ("Global batch size", Table 3)"""
     device_batch_size: int | None = None
-    """decisions per forward pass, in the rollout and in the update; neither gradients (accumulated) nor results depend on it"""
+    """decisions per forward pass in rollout and update; gradients (accumulated) do not depend on it, but the rollout's noise"""
     update_epochs: int | None = None
     """passes over each rollout (Table 3)"""
     learning_rate: float | None = None
@@ -616,9 +616,12 @@ def main(args: Args):
             successes.append(stats["success"])
             complete = iteration
             if RANK == 0:
-                for name, value in stats.items():
-                    writer.add_scalar(f"train/{name}", value, iteration)
-                writer.flush()
+                try:
+                    for name, value in stats.items():
+                        writer.add_scalar(f"train/{name}", value, iteration)
+                    writer.flush()
+                except OSError as error:
+                    raise sim.Fault(f"the log in {run_dir} could not be written ({error}); no checkpoint is touched")
                 tqdm.write(health_line(iteration, stats, successes[-8:], warming))
                 progress.update()
             if going_blind(kls):
@@ -632,7 +635,8 @@ def main(args: Args):
     progress.close()
     if complete < args.iterations:
         if RANK == 0:
-            print(f"stopped by SIGTERM after iteration {complete}; go on with: python ppo_pair.py --resume {run_dir}")
+            then = f"go on with: python ppo_pair.py --resume {run_dir}" if complete else "nothing is there to resume yet"
+            print(f"stopped by SIGTERM after iteration {complete}; {then}")
     elif args.eval_episodes:
         evaluate.main(evaluate.Args(checkpoint=str(checkpoints(run_dir)[-1]), num_episodes=args.eval_episodes,
                                     temperature=args.temperature_eval,

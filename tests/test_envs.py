@@ -558,7 +558,7 @@ def test_a_worker_whose_main_process_is_gone_ends_quietly(tmp_path):
         finally:
             os._exit(1)
     os.close(stderr)
-    children, deadline = Path(f"/proc/{main}/task/{main}/children"), time.monotonic() + 120
+    children, deadline = Path(f"/proc/{main}/task/{main}/children"), time.monotonic() + 300
     while not children.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)

@@ -1,5 +1,6 @@
 """Ranks, exact resume, and faults. The real ppo_pair.py runs on the toy of toy.py, in forks of this process."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -469,6 +470,18 @@ def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_
     assert_same(ours, theirs)
 
 
+def test_sigterm_before_there_is_anything_to_save(start, tmp_path):
+    def before(rollout=ppo_pair.rollout):
+        def first(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return rollout(*args, **kwargs)
+
+        ppo_pair.rollout = first
+
+    assert wait(train(*fresh(start, tmp_path / "run"), log=tmp_path / "log", before=before)) == 0
+    assert "stopped by SIGTERM after iteration 0; nothing is there to resume yet" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
     run, log = tmp_path / "run", tmp_path / "log"
@@ -508,21 +521,33 @@ def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_be
     assert wait(train("--resume", run, "--iterations", 3)) == 0
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path):
+@pytest.mark.parametrize("by", ["checkpoints", "others"])
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path, by):
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
+
+    def fill(update=ppo_pair.update):
+        def fill_and_update(*args):
+            if by == "others" and (disk / "run/checkpoint-000002").exists():
+                with open(disk / "others", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+            return update(*args)
+
+        ppo_pair.update = fill_and_update
+
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a tiny tmpfs needs root")
     try:
-        pid = train("--checkpoint", start, "--run-dir", disk / "run", "--iterations", 9, *FLAGS, "--keep", "9", log=log)
+        pid = train(*fresh(start, disk / "run"), "--iterations", 9, "--keep", 9, log=log, before=fill)
         assert wait(pid) == 2, log.read_text()
         assert "could not be written" in log.read_text() and "No space left" in log.read_text()
         assert "Traceback" not in log.read_text()
         newest = ppo_pair.newest_checkpoint(disk / "run")
         policies.load_policy("openvla-tiny", newest)
-        assert int(newest.name[-2:]) >= 1
+        assert int(newest.name[-2:]) >= 1 and (by == "checkpoints" or newest.name == "checkpoint-000002")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        assert wait(train("--resume", disk / "run", "--iterations", 9, log=log)) == 2
+        assert wait(train("--resume", disk / "run", log=log)) == 2
         assert "cannot write to --run-dir" in log.read_text() and "Traceback" not in log.read_text()
     finally:
         subprocess.run(["umount", disk], check=True)
