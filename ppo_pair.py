@@ -395,7 +395,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
             optimizer.zero_grad(set_to_none=True)
             totals = totals + sums
             grad_norms.append(grad_norm)
-            if args.target_kl and not value_only:
+            if args.target_kl:
                 stop = sums[0, list(stats).index("approx_kl")] / mb_size > args.target_kl
             if stop:
                 break
