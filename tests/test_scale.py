@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -383,12 +384,12 @@ def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start_of, tmp_pat
 
 
 def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
-    import shutil
-
+    """Also of an iteration that was logged, but not saved: its points are drawn once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
     shutil.copytree(whole, run, symlinks=True)
+    shutil.rmtree(run / "checkpoint-000008")
     assert wait(train("--resume", run, "--iterations", 9, log=tmp_path / "log")) == 0
     assert "going on from" in (tmp_path / "log").read_text()
     events = EventAccumulator(str(run / "tensorboard"))
@@ -482,12 +483,21 @@ def test_sigterm_before_there_is_anything_to_save(start, tmp_path):
     assert "stopped by SIGTERM after iteration 0; nothing is there to resume yet" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, 3])
 def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
     run, log = tmp_path / "run", tmp_path / "log"
-    pid = train("--checkpoint", start, "--run-dir", run, "--iterations", 999, *FLAGS, log=log)
+
+    def before():
+        def say(*args, **kwargs):
+            print(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        if times == 3:  # the third comes while it says that it is interrupted
+            ppo_pair.print = say
+
+    pid = train(*fresh(start, run), "--iterations", 999, log=log, before=before)
     wait_for(run / "checkpoint-000002", pid)
-    for _ in range(times):
+    for _ in range(min(times, 2)):
         os.killpg(pid, signal.SIGINT)
         time.sleep(0.02)
     assert wait(pid, 30) == 130, log.read_text()
