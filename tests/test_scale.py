@@ -542,7 +542,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_pa
                 with open(disk / "others", "wb", buffering=0) as file, contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(4096))
-            return update(*args)
+            return update(*args) | dict.fromkeys(map(str, range(200)), 0.0)  # more to log than fits into a block's rest
 
         ppo_pair.update = fill_and_update
 
