@@ -1,7 +1,7 @@
 """Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny backbone, from nothing.
 
     python sft.py                                       # scenes, demonstrations, two stages of training -> runs/sft
-    python sft.py --clone-steps 400 --out runs/weak     # a deliberately weak start, for studying PPO
+    python sft.py --clone-steps 2500 --out runs/weak    # a weaker start, for studying PPO
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
 (grounding, answered with the very seven numbers that actions are written in). Its labels are free in the simulator.
@@ -40,11 +40,11 @@ class Args:
     """seed of everything"""
     scenes: int = 1200
     """episodes with four distractors for pretraining"""
-    demos: int = 3000
+    demos: int = 4000
     """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
-    clone_steps: int = 3500
+    clone_steps: int = 5000
     """optimizer steps of behaviour cloning (with grounding kept up)"""
     batch_size: int = 64
     """frames per optimizer step"""
