@@ -41,13 +41,14 @@ import sapien
 import torch
 import tyro
 from mani_skill import PACKAGE_ASSET_DIR
-from mani_skill.agents.controllers import PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
+from mani_skill.agents.controllers import PDEEPoseController, PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
 from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import register_env
+from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import SimConfig
 from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
 from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial, RenderTexture2D
@@ -435,6 +436,15 @@ class BuiltinPack:
         return None
 
 
+class EEPoseController(PDEEPoseController):
+    """ManiSkill's, with the hand's pose from SAPIEN: the same in torch, twice an action, is a fifth of a step."""
+
+    @property
+    def ee_pose_at_base(self) -> Pose:
+        root, hand = self.root_link._objs[0], self.ee_link._objs[0]
+        return Pose.create(root.entity_pose.inv() * hand.entity_pose)
+
+
 @register_agent()
 class LightPanda(Panda):
     """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler radians), accumulated on
@@ -450,6 +460,7 @@ class LightPanda(Panda):
             damping=1e2, force_limit=100, ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
             use_target=False,  # DEVIATION: RL4VLA accumulates targets; here what the camera sees is all there is to know
         )  # fmt: skip
+        arm.controller_cls = EEPoseController
         gripper = PDJointPosMimicControllerConfig(
             self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2, force_limit=100,
             normalize_action=True, drive_mode="force", mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
