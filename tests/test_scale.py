@@ -377,10 +377,10 @@ def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start_of, whole
 def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start_of, tmp_path, backbone):
     reference, start = tmp_path / "reference/run", start_of(backbone)
     reference.parent.mkdir()
-    assert wait(train(*fresh(start, reference), "--iterations", 40), 600) == 0
-    killed = kill_and_resume(start, tmp_path / "run", 40, 20, seed=0)
+    assert wait(train(*fresh(start, reference), "--iterations", 150), 600) == 0
+    killed = kill_and_resume(start, tmp_path / "run", 150, 20, seed=0)
     assert len(killed) == 20 and {"write", "anywhere"} == set(killed), killed
-    assert_same(state(tmp_path / "run/checkpoint-000040"), state(reference / "checkpoint-000040"))
+    assert_same(state(tmp_path / "run/checkpoint-000150"), state(reference / "checkpoint-000150"))
 
 
 def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
