@@ -437,7 +437,7 @@ class BuiltinPack:
 
 
 class EEPoseController(PDEEPoseController):
-    """ManiSkill's, with the hand's pose from SAPIEN: the same in torch, twice an action, is a fifth of a step."""
+    """ManiSkill's, with the hand's pose from SAPIEN: not by quaternion products in torch, twice an action."""
 
     @property
     def ee_pose_at_base(self) -> Pose:
@@ -447,8 +447,8 @@ class EEPoseController(PDEEPoseController):
 
 @register_agent()
 class LightPanda(Panda):
-    """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler radians), accumulated on
-    the commanded pose; gripper > 0 opens."""
+    """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler radians), but counted from
+    where the hand is; gripper > 0 opens."""
 
     uid = "panda_light"
     urdf_path = light_panda_urdf()

@@ -182,7 +182,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1))
 
     def forward(self, x, recompute=False):
-        x = x.contiguous(memory_format=torch.channels_last)  # one of the two towers' channels: convolutions copy less so
+        x = x.contiguous(memory_format=torch.channels_last)  # it is a slice, which convolutions would copy
         x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)  # (B, n, D)
         x = x + self.pos_embed  # patches only: timm has folded the cls position into cls_token
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]

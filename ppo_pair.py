@@ -142,7 +142,7 @@ class Args:
     batch_size: int | None = None
     """decisions per optimizer step, of all ranks together ("Global batch size", Table 3)"""
     device_batch_size: int | None = None
-    """decisions per forward pass in rollout and update; gradients (accumulated) do not depend on it, but the rollout's noise"""
+    """decisions per forward pass in rollout and update; gradients (accumulated) do not depend on it, a rollout's noise does"""
     update_epochs: int | None = None
     """passes over each rollout (Table 3)"""
     learning_rate: float | None = None
@@ -175,7 +175,7 @@ class Args:
     """eps_sen of Eq. (3) (Table 3)"""
 
 
-# What --resume may change: none of it changes what is computed
+# What --resume may change: nothing that is learnt from; the device batch only changes which noise is drawn
 MAY_CHANGE = ("iterations", "resume", "cuda", "track", "save_every", "keep", "eval_episodes", "temperature_eval",
               "device_batch_size", "gradient_checkpointing")  # fmt: skip
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PACKS, needs_rl4vla
+from mani_skill.agents.controllers import PDEEPoseController
 from PIL import Image
 
 import envs
@@ -303,6 +304,15 @@ def test_builtin_looks_as_it_did(env, start):
     """
     error = np.abs(thumbnails(env, start) - np.array(Image.open(THUMBNAILS)))
     assert error.max() <= 4, f"{(error.max(-1) > 4).sum()} of {error[..., 0].size} places differ, by {error.max():.0f} at most"
+
+
+def test_the_hand_is_where_maniskill_says(env, start):
+    start(env, 3)
+    arm = env.agent.controller.controllers["arm"]
+    for action in ([0.05, -0.03, -0.05, 0, 0, 0.5, 1], [-0.02, 0.04, 0.03, 0.1, -0.1, -0.3, -1]):
+        env.step(np.float32(action))
+        ours, theirs = arm.ee_pose_at_base, PDEEPoseController.ee_pose_at_base.fget(arm)  # q and -q turn alike
+        torch.testing.assert_close(ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-5)
 
 
 def test_camera_orbits_by_so_many_degrees(env, start):
