@@ -50,23 +50,23 @@ LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name i
 TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
-        value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, critic_warmup=0, target_kl=0.0, detach_value=False,
-        lora_rank=32, gradient_checkpointing=True, device_batch_size=128, max_grad_norm=10.0,
+        value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, pair_fraction=1.0, critic_warmup=0, target_kl=0.0,
+        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=128, max_grad_norm=10.0,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
-        value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, critic_warmup=3, target_kl=0.04,
+        value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
     ),
     "pi05": dict(
         assets="rl4vla", iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, learning_rate=7.91e-6,
-        value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, critic_warmup=0, target_kl=0.0,
-        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160, max_grad_norm=1.0,
+        value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, pair_fraction=1.0, critic_warmup=0,
+        target_kl=0.0, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160, max_grad_norm=1.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
     "pi05-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=4, learning_rate=2e-5,
-        value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, critic_warmup=3, target_kl=0.04,
+        value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
@@ -173,6 +173,8 @@ class Args:
     """lambda_sen of Eq. (4) (Table 3)"""
     sen_clip: float | None = None
     """eps_sen of Eq. (3) (Table 3)"""
+    pair_fraction: float | None = None
+    """share of the decisions, drawn anew in every epoch, over which Eq. (2) and (3) are averaged (the paper: all of them)"""
 
 
 # What --resume may change: nothing that is learnt from; the device batch only changes which noise is drawn
@@ -311,19 +313,38 @@ def kl_to_altered(policy, dist, obs, instructions, latent, clip):
     return kl.index_put((below,), policy.kl(dist[below], again.dist))
 
 
+def pair_kls(args, policy, dist, obs, instructions, latent, backgrounds):
+    """KLs (B,) of `dist`, the distribution at o, from those at o_pre and o_alt -> dict: inv_kl, sen_kl (B,), if asked for."""
+    kls = {name: dist.new_zeros(0) for name in ("inv_kl", "sen_kl") if getattr(args, name.replace("kl", "coef"))}
+    if len(instructions) == 0:
+        return kls
+    if args.inv_coef:
+        composite = args.pre_view == "composite"
+        rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds) if composite else obs["rgb_pre"]
+        with torch.no_grad():
+            pre = policy.evaluate({**obs, "rgb": rgb_pre}, instructions, latent)
+        # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
+        kls["inv_kl"] = policy.kl(dist, pre.dist)
+    if args.sen_coef:
+        # Eq. (3)  L_sen = -E[ min( KL( pi(.|o,l) || pi(.|o_alt,l) ), eps_sen ) ]   OPEN: gradient on both sides
+        kls["sen_kl"] = kl_to_altered(policy, dist, obs, instructions, latent, args.sen_clip)
+    return kls
+
+
 def minibatches(args, num_steps, generator):
-    """One epoch: yields this rank's decisions in a minibatch, and how many all ranks have in it.
+    """One epoch: yields this rank's decisions in a minibatch, which of them get the pair losses, and how many all ranks have.
 
     A minibatch takes as many decisions of one environment as of another (give or take one). So ranks have equal work, and
     what is in a minibatch does not depend on how many ranks there are.
     """
     mine, n = share(args.num_envs), num_steps * args.num_envs
     order = torch.rand(num_steps, args.num_envs, generator=generator).argsort(0).flatten()  # of each environment's steps
+    paired = torch.rand(n, generator=generator) < args.pair_fraction
     env = torch.arange(n) % args.num_envs
     inds, ours = order * len(mine) + env - mine.start, (env >= mine.start) & (env < mine.stop)
     for start in range(0, n, args.batch_size):
         end = min(start + args.batch_size, n)
-        yield inds[start:end][ours[start:end]], end - start
+        yield inds[start:end][ours[start:end]], paired[start:end][ours[start:end]], end - start
 
 
 def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, generator=None):
@@ -337,9 +358,9 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
         p.requires_grad_(not value_only)
     totals, ratio_dev, grad_norms, stop = 0.0, None, [], False
     for _ in range(args.update_epochs * (4 if value_only else 1)):  # a critic alone can be fitted without fear
-        for mb_inds, mb_size in minibatches(args, len(batch["logprobs"]) // len(share(args.num_envs)), generator):
+        for mb_inds, mb_paired, mb_size in minibatches(args, len(batch["logprobs"]) // len(share(args.num_envs)), generator):
             sums = 0.0  # over this minibatch, of each statistic and of the samples it is of
-            for inds in mb_inds.split(args.device_batch_size):
+            for inds, paired in zip(mb_inds.split(args.device_batch_size), mb_paired.split(args.device_batch_size)):
                 instructions = [batch["instructions"][i] for i in inds.tolist()]
                 inds = inds.to(device)
                 obs = {k: v[inds] for k, v in batch["obs"].items()}
@@ -355,23 +376,21 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                 loss = v_loss if value_only else pg_loss - args.ent_coef * new.entropy + v_loss
                 stats = dict(pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy, clipfrac=(ratio - 1).abs() > args.clip_coef,
                              approx_kl=ratio - 1 - (new.logprob - oldlogprob))  # fmt: skip
-                if args.inv_coef and not value_only:
-                    composite = args.pre_view == "composite"
-                    rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds) if composite else obs["rgb_pre"]
-                    with torch.no_grad():
-                        pre = policy.evaluate({**obs, "rgb": rgb_pre}, instructions, latent)
-                    # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
-                    inv_kl = policy.kl(new.dist, pre.dist)  # (B,)
+                if (args.inv_coef or args.sen_coef) and not value_only:
+                    pair = paired.nonzero().squeeze(1)
+                    pair_instructions, pair = [instructions[i] for i in pair.tolist()], pair.to(device)
+                    kls = pair_kls(args, policy, new.dist[pair], {k: v[pair] for k, v in obs.items()}, pair_instructions,
+                                   latent[pair], backgrounds)  # fmt: skip
                     # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
-                    loss = loss + args.inv_coef * inv_kl
-                    stats["inv_kl"] = inv_kl
-                if args.sen_coef and not value_only:
-                    # Eq. (3)  L_sen = -E[ min( KL( pi(.|o,l) || pi(.|o_alt,l) ), eps_sen ) ]   OPEN: gradient on both sides
-                    sen_kl = kl_to_altered(policy, new.dist, obs, instructions, latent, args.sen_clip)  # (B,)
-                    loss = loss - args.sen_coef * sen_kl.clamp(max=args.sen_clip)
-                    stats["sen_kl"], stats["sen_clipped"] = sen_kl, sen_kl >= args.sen_clip
-                for group, rows in policy.groups(latent).items():
-                    stats |= {f"{name}_{group}": stats[name][rows] for name in ("inv_kl", "sen_kl") if name in stats}
+                    if args.inv_coef:
+                        loss = loss.index_add(0, pair, args.inv_coef / args.pair_fraction * kls["inv_kl"])
+                    if args.sen_coef:
+                        sen = kls["sen_kl"].clamp(max=args.sen_clip)
+                        loss = loss.index_add(0, pair, sen, alpha=-args.sen_coef / args.pair_fraction)
+                        kls["sen_clipped"] = kls["sen_kl"] >= args.sen_clip
+                    stats |= kls
+                    for group, rows in policy.groups(latent[pair]).items():
+                        stats |= {f"{name}_{group}": kls[name][rows] for name in ("inv_kl", "sen_kl") if name in kls}
                 (loss.sum() / mb_size).backward()
                 stats["loss"] = loss
                 counts = torch.tensor([float(len(v)) for v in stats.values()], device=device)
@@ -520,6 +539,8 @@ def main(args: Args):
     for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise sim.Fault(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if not 0 < args.pair_fraction <= 1:
+        raise sim.Fault(f"--pair-fraction is {args.pair_fraction}: it must be above 0 and at most 1")
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
         raise sim.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
                         "each needs an environment, and the batch size must be a multiple of --num-envs")  # fmt: skip

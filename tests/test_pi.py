@@ -902,7 +902,8 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
     torch.manual_seed(0)
     policy = toy_policy("pi05-tiny")
     args = ppo_pair.Args(num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
-                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, pair_fraction=1.0,
+                         gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []
     for _ in range(25):
         batch, stats = ppo_pair.rollout(args, policy, Bright(), iter(range(10**6)), torch.device("cpu"))

@@ -10,6 +10,7 @@ from toy import Toy, in_float64, toy_policy
 
 import policies
 import ppo_pair
+import views
 
 GOLDEN = Path(__file__).parents[2] / "shared/golden/openvla_ppo_ref/ppo_ref.safetensors"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN} is not here")
@@ -69,7 +70,8 @@ TOYS = ["openvla-tiny", "pi05-tiny"]
 
 def toy_args(**changes):
     args = ppo_pair.Args(num_envs=16, num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, target_kl=0.0,
-                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, pair_fraction=1.0,
+                         gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     for name, value in changes.items():
         setattr(args, name, value)
     return args
@@ -109,8 +111,10 @@ def float64(monkeypatch):
 @pytest.mark.parametrize("backbone", TOYS)
 def test_the_gradient_does_not_depend_on_the_device_batch(float64, backbone):
     """1 x 8 == 2 x 4 == 3 + 3 + 2 == 8 x 1 to 1e-9 (relative) of the way that the weights went in four steps of the whole of
-    Eq. (4). Also: the ratio starts at 1."""
-    args = toy_args(inv_coef=0.5, sen_coef=0.2, batch_size=8, device_batch_size=32, update_epochs=1, num_steps=2)
+    Eq. (4), with the pair losses of some decisions (of 1 x 1 often none). Also: the ratio starts at 1."""
+    args = toy_args(
+        inv_coef=0.5, sen_coef=0.2, pair_fraction=0.6, batch_size=8, device_batch_size=32, update_epochs=1, num_steps=2
+    )
     policy = toy_policy_with_seed(backbone)
     batch, start = toy_rollout(args, policy), [p.clone() for p in policy.parameters()]
     moved = []
@@ -135,6 +139,36 @@ def test_the_rollout_does_not_depend_on_the_device_batch():
         again = policy.evaluate(obs, ["put red cube on plate"] * 8, parts.latent)
     torch.testing.assert_close(parts.logprob, again.logprob, atol=1e-4, rtol=0)
     torch.testing.assert_close(parts.actions[:, 0].double(), policy.env_action(parts.latent), atol=1e-6, rtol=0)
+
+
+def test_the_pair_losses_of_a_part_of_the_decisions(float64):
+    """--pair-fraction: the mean over those drawn, in expectation that over all, and no view of another is forwarded."""
+    args = toy_args(inv_coef=0.5, sen_coef=0.2, sen_clip=1e9, pair_fraction=0.25, batch_size=128, update_epochs=1)
+    start = toy_policy_with_seed()
+    ours, plain = copy.deepcopy(start), copy.deepcopy(start)
+    batch, tables, rows = toy_rollout(args, start), gray(1), []
+    hook = ours.language_model.model.norm.register_forward_hook(lambda _, __, y: rows.append(len(y)))
+    stats = ppo_pair.update(args, ours, sgd(ours, 1e-3), batch, tables, generator=torch.Generator().manual_seed(5))
+    hook.remove()
+
+    [(inds, paired, size)] = ppo_pair.minibatches(args, args.num_steps, torch.Generator().manual_seed(5))
+    assert 16 < paired.sum() < 48 and sum(rows) == size + 2 * paired.sum()
+    obs, latent = {k: v[inds] for k, v in batch["obs"].items()}, batch["latents"][inds]
+
+    def at(rgb):
+        return plain.evaluate({"rgb": rgb}, [batch["instructions"][i] for i in inds], latent)
+
+    o, o_pre, o_alt = at(obs["rgb"]), at(views.task_preserving(obs["rgb"], obs["mask"], tables)), at(obs["rgb_alt"])
+    inv_kl, sen_kl = plain.kl(o.dist, o_pre.dist.detach())[paired], plain.kl(o.dist, o_alt.dist)[paired]
+    loss = ppo_pair.ppo_loss(o.logprob, batch["logprobs"][inds], batch["advantages"][inds], args.clip_coef)[0]
+    loss = loss + ppo_pair.value_loss(o.value, batch["values"][inds], batch["returns"][inds], args.value_clip)
+    optimizer = sgd(plain, 1e-3)
+    (loss.mean() + (0.5 * inv_kl - 0.2 * sen_kl).sum() / (0.25 * size)).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), args.max_grad_norm)
+    optimizer.step()
+    assert abs(stats["inv_kl"] - inv_kl.mean().item()) < 1e-6 and abs(stats["sen_kl"] - sen_kl.mean().item()) < 1e-6
+    ways = [[p - q for p, q in zip(other.parameters(), start.parameters())] for other in (ours, plain)]
+    assert distance(*ways) < 1e-9
 
 
 @pytest.mark.parametrize("below", [0, 3, 9, 11, 16])
@@ -295,7 +329,7 @@ def another_ppo(policy, args, iterations):
             s["advantage"] = (s["advantage"] - raw.mean()) / (((raw - raw.mean()) ** 2).mean().sqrt() + 1e-5)
         torch.manual_seed(iteration)
         for _ in range(args.update_epochs):
-            for inds, size in list(ppo_pair.minibatches(args, args.num_steps, None)):
+            for inds, _, size in list(ppo_pair.minibatches(args, args.num_steps, None)):
                 mb = [samples[i] for i in inds.tolist()]
                 rgb, latent = (torch.stack([s[k] for s in mb]) for k in ("rgb", "latent"))
                 new, values = likelihood(policy, rgb, toy.instructions[:1] * size, latent)

@@ -166,7 +166,8 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
     In float64, so that nothing but the rounding of sums is left: they agree within 1e-9 (relative).
     """
     args = ppo_pair.Args(num_envs=16, num_steps=8, batch_size=32, device_batch_size=20, update_epochs=2, target_kl=0.0,
-                         inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, max_grad_norm=10.0, run_dir=str(tmp_path))  # fmt: skip
+                         inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, max_grad_norm=10.0,
+                         run_dir=str(tmp_path))  # fmt: skip
 
     def function(rank):
         if ppo_pair.WORLD > 1:
