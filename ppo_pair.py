@@ -51,23 +51,24 @@ TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, pair_fraction=1.0, critic_warmup=0, target_kl=0.0,
-        detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=128, max_grad_norm=10.0,
+        anneal_lr=False, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=128,
+        max_grad_norm=10.0,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
-        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
+        anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
     ),
     "pi05": dict(
         assets="rl4vla", iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, learning_rate=7.91e-6,
         value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, pair_fraction=1.0, critic_warmup=0,
-        target_kl=0.0, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160, max_grad_norm=1.0,
-        horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
+        target_kl=0.0, anneal_lr=False, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160,
+        max_grad_norm=1.0, horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
     "pi05-tiny": dict(
         assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=4, learning_rate=2e-5,
         value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
-        detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
+        anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
 }  # fmt: skip
@@ -149,6 +150,8 @@ class Args:
     """AdamW's, of the policy"""
     value_learning_rate: float | None = None
     """AdamW's, of the value head"""
+    anneal_lr: bool | None = None
+    """if toggled, both fall linearly to zero over the iterations"""
     gamma: float = 0.99
     """the discount factor per decision (Table 3)"""
     gae_lambda: float = 0.95
@@ -177,7 +180,8 @@ class Args:
     """share of the decisions, drawn anew in every epoch, over which Eq. (2) and (3) are averaged (the paper: all of them)"""
 
 
-# What --resume may change: nothing that is learnt from; the device batch only changes which noise is drawn
+# What --resume may change: nothing that is learnt from; the device batch only changes which noise is drawn, and with
+# --anneal-lr another number of iterations makes the rates fall towards another end
 MAY_CHANGE = ("iterations", "resume", "cuda", "track", "save_every", "keep", "eval_episodes", "temperature_eval",
               "device_batch_size", "gradient_checkpointing")  # fmt: skip
 
@@ -625,6 +629,9 @@ def main(args: Args):
                 break
             t1 = time.time()
             warming = iteration <= args.critic_warmup
+            fraction = 1 - (iteration - 1) / args.iterations if args.anneal_lr else 1.0
+            for group, learning_rate in zip(optimizer.param_groups, (args.learning_rate, args.value_learning_rate)):
+                group["lr"] = fraction * learning_rate
             stats |= update(args, policy, optimizer, batch, backgrounds, warming, shared)
             check_weights(policy)
             if args.inv_coef or args.sen_coef:

@@ -5,8 +5,12 @@ machine's pace in mid-run meets both. Needs free cores: close what else is runni
 
     python tests/bench_envs.py                   # against plain ManiSkill's PickCube-v1
     python tests/bench_envs.py --assets rl4vla   # against ManiSkill's PutCarrotOnPlateInScene-v1, read out as RL4VLA does
+    python tests/bench_envs.py --settings        # what a step with a picture costs when one setting is as ManiSkill has it
+    python tests/bench_envs.py --pair            # an iteration of ppo_pair.py's default with and without the pair losses
 """
 
+import dataclasses
+import multiprocessing
 import os
 import sys
 import time
@@ -24,6 +28,8 @@ import torch
 import tyro
 
 import envs  # sets LP_NUM_THREADS=0, for both sides
+import policies
+import ppo_pair
 import sft
 import views
 
@@ -39,7 +45,11 @@ class Args:
     image_size: int = 0
     """pixels of the square pictures; 0: the pack's own"""
     num_workers: int = 2
-    """processes of the many-process figure"""
+    """processes of the many-process figure, eight scenes in each"""
+    settings: bool = False
+    """print the table of settings instead (`builtin`)"""
+    pair: bool = False
+    """print the table of whole iterations instead (`openvla-tiny`)"""
 
 
 def window(step, seconds: float) -> float:
@@ -125,23 +135,117 @@ def compositing(size: int, batch: int = 64):
     return step
 
 
+SETTINGS = ("as it is", "Mesa draws in as many threads as there are cores", "the process may move between cores",
+            "the Panda's own meshes", "a shadow", "ManiSkill's rgb+segmentation at every step")  # fmt: skip
+
+
+def one_setting(conn, setting: str, args: Args):
+    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each message asks for a window."""
+    torch.set_num_threads(1)
+    if setting not in SETTINGS[1:3]:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if setting == SETTINGS[3]:
+        envs.LightPanda.urdf_path = envs.Panda.urdf_path
+    if setting == SETTINGS[4]:
+
+        def with_shadow(env, options):
+            env.scene.set_ambient_light([0.3, 0.3, 0.3])
+            for i in range(3):
+                env.scene.add_directional_light([0.3, 0.2, -1], [1, 1, 1], shadow=i == 0)
+
+        envs.PutOnPlate._load_lighting = with_shadow
+    size = args.image_size or envs.find_pack("builtin").image_size
+    if setting == SETTINGS[5]:
+        envs.PutOnPlate.SUPPORTED_OBS_MODES = ("rgb+segmentation",)
+        env = gym.make(envs.ENV_ID, obs_mode="rgb+segmentation", image_size=size, sim_backend="cpu",
+                       render_backend=envs.render_backend()).unwrapped  # fmt: skip
+    else:
+        env = envs.make_env("builtin", size)
+    rng, count = np.random.default_rng(0), [0]
+
+    def step():
+        if count[0] % env.pack.max_episode_steps == 0:
+            env.reset(seed=0, options=dict(episode_ids=[count[0]], split="train"))
+        count[0] += 1
+        env.step((rng.uniform(-1, 1, 7) * [0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0]).astype(np.float32))
+        if setting != SETTINGS[5]:
+            env.picture()
+        return 1
+
+    step()
+    while conn.recv():
+        conn.send(window(step, args.seconds))
+
+
+def settings_table(args: Args):
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for setting in SETTINGS:
+        pipes[setting], theirs = context.Pipe()
+        os.environ["LP_NUM_THREADS"] = str(len(os.sched_getaffinity(0))) if setting == SETTINGS[1] else "0"
+        context.Process(target=one_setting, args=(theirs, setting, args), daemon=True).start()
+
+    def ask(pipe):
+        pipe.send(True)
+        return pipe.recv()
+
+    for pipe in pipes.values():
+        ask(pipe)  # starts up
+    rates = [{setting: ask(pipe) for setting, pipe in pipes.items()} for _ in range(args.windows)]
+    print("\n| one scene, one process, a picture at every step | ms per env step |\n|---|---|")
+    for setting in SETTINGS:
+        print(f"| {setting} | {1000 / np.median([rate[setting] for rate in rates]):.1f} |")
+
+
+def iteration_table(args: Args):
+    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are windows."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    pair = ppo_pair.Args(**ppo_pair.TABLE_3["openvla-tiny"])
+    pair.target_kl = 0.0  # no update ends early
+    policy = policies.load_policy("openvla-tiny", sft.warm_start("openvla-tiny"))
+    policy.detach_value = pair.detach_value
+    optimizer = torch.optim.AdamW([dict(params=list(policy.parameters()), lr=1e-6)])
+    with (
+        envs.make_envs(pair.num_envs) as plain,
+        envs.make_envs(pair.num_envs, alter=views.task_altering) as altered,
+    ):
+        tables, seconds = views.backgrounds(plain), []
+        for i in range(args.windows):
+            row = []
+            for vec, one in ((plain, dataclasses.replace(pair, inv_coef=0.0, sen_coef=0.0)), (altered, pair)):
+                start = time.perf_counter()
+                batch, _ = ppo_pair.rollout(one, policy, vec, iter(range(i * pair.num_envs, (i + 1) * pair.num_envs)), "cpu")
+                middle = time.perf_counter()
+                ppo_pair.update(one, policy, optimizer, batch, tables)
+                row += [middle - start, time.perf_counter() - middle]
+            seconds.append([*row, row[0] + row[1], row[2] + row[3]])
+    r0, u0, r1, u1, ppo, both = np.median(seconds, 0)
+    print("\n| seconds per iteration | rollout | update | together |\n|---|---|---|---|")
+    print(f"| PPO (`--inv-coef 0 --sen-coef 0`) | {r0:.1f} | {u0:.1f} | {ppo:.1f} |")
+    print(f"| PAIR, the preset | {r1:.1f} | {u1:.1f} | {both:.1f}: {both / ppo:.2f} x |")
+
+
 def main(args: Args):
+    if args.pair:
+        return iteration_table(args)
+    if args.settings:
+        return settings_table(args)
     torch.set_num_threads(1)
     size, n = args.image_size or envs.find_pack(args.assets).image_size, args.num_workers
     name, plain_step = plain_maniskill(args.assets, size)
 
-    def make(n, **views):
-        return envs.make_envs(n, args.assets, num_workers=n, image_size=size, **views)
+    def make(num_workers, scenes=1, **views):
+        return envs.make_envs(scenes * num_workers, args.assets, num_workers=num_workers, image_size=size, **views)
 
     with (
         make(1) as plain,
         make(1, alter=views.task_altering) as one,
-        make(n, alter=views.task_altering) as many,
+        make(1, 8, alter=views.task_altering) as eight,
+        make(n, 8, alter=views.task_altering) as many,
         make(1, preserve=views.rerendered) as drawn,
     ):
         rate = medians(
             args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"), chunks=episodes(plain, chunk=5),
-            one=episodes(one), many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
+            one=episodes(one), eight=episodes(eight), many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
             demos=demonstrations(args.assets, size), compose=compositing(size),
         )  # fmt: skip
     pack = f"`{args.assets}`"
@@ -150,10 +254,11 @@ def main(args: Args):
         (f"{pack}, image only, one process", f"{rate['plain']:.0f} env steps/s"),
         (f"{pack}, image only, `clutter-8`, one process", f"{rate['clutter']:.0f} env steps/s"),
         (f"{pack}, an image every 5 steps, one process", f"{rate['chunks']:.0f} decisions/s"),
-        (f"{pack}, image + altered view, {n} processes", f"{rate['many']:.0f} env steps/s"),
+        (f"{pack}, image + altered view, 8 scenes in one process", f"{rate['eight']:.0f} env steps/s"),
+        (f"{pack}, image + altered view, 8 scenes in each of {n} processes", f"{rate['many']:.0f} env steps/s"),
         (f"plain `{name}`, rgb+segmentation, one process", f"{rate['maniskill']:.0f} env steps/s"),
         (f"{pack} with the altered view / `{name}`", f"{rate['one'] / rate['maniskill']:.1f} x"),
-        (f"{n} processes / one", f"{rate['many'] / rate['one']:.2f} x"),
+        (f"{n} processes / one, 8 scenes in each", f"{rate['many'] / rate['eight']:.2f} x"),
         ("an altered view costs", f"{1000 / rate['one'] - 1000 / rate['plain']:.1f} ms"),
         ("a re-rendered o_pre costs", f"{1000 / rate['drawn'] - 1000 / rate['plain']:.1f} ms"),
         ("a composite (Eq. 5) costs", f"{1000 / rate['compose']:.2f} ms"),

@@ -313,6 +313,9 @@ def test_the_hand_is_where_maniskill_says(env, start):
         env.step(np.float32(action))
         ours, theirs = arm.ee_pose_at_base, PDEEPoseController.ee_pose_at_base.fget(arm)  # q and -q turn alike
         torch.testing.assert_close(ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-5)
+        target, delta = arm._target_pose, torch.tensor([action[:6]])
+        ours, theirs = arm.compute_target_pose(target, delta), PDEEPoseController.compute_target_pose(arm, target, delta)
+        torch.testing.assert_close(ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-6)
 
 
 def test_camera_orbits_by_so_many_degrees(env, start):
@@ -503,6 +506,20 @@ def test_workers_and_chunks_change_nothing(alone, shared):
         assert bool(got[2].all()) == (last == 20)
     assert torch.allclose(got[3]["episode_return"], sum(reward for _, reward, _, _ in single), atol=1e-6)
     assert shared.map(pictures_taken, (), ()) == [4, 4]  # one after the reset, one after each chunk
+
+
+def its_cores(environments):
+    return os.sched_getaffinity(0)
+
+
+def test_each_worker_stays_on_a_core_where_mesa_draws(shared):
+    """Mesa's thread and its caller on two cores wait for each other a millisecond longer at every picture."""
+    here = sorted(os.sched_getaffinity(0))
+    cores = shared.map(its_cores, (), ())
+    if envs.render_backend() == "cpu":
+        assert cores == [{here[0]}, {here[1 % len(here)]}]
+    else:
+        assert cores == [set(here)] * 2
 
 
 def test_unknown_split_is_refused_before_the_workers_hear_of_it(alone):
