@@ -448,6 +448,10 @@ class EEPoseController(PDEEPoseController):
         before, (x, y, z, *turn) = prev_ee_pose_at_base.sp, action[0].tolist()
         return Pose.create(sapien.Pose(before.p + [x, y, z], (sapien.Pose(q=euler2quat(*turn, "rxyz")) * before).q))
 
+    def set_drive_targets(self, targets):
+        for joint, target in zip(self.joints, targets[0].tolist()):
+            joint._objs[0].set_drive_target(target)
+
 
 @register_agent()
 class LightPanda(Panda):
@@ -547,11 +551,11 @@ class PutOnPlate(BaseEnv):
         self.pack.build_plate(builder, friction)
         builder.initial_pose = sapien.Pose([0, 0, 1.2])
         self.plate = builder.build("plate")
-        self.table_tops = []  # thin pictures of a table; the one in use lies on the table, the others below the floor
+        self.table_tops = []  # thin pictures of a table, of which one is visible
         for i, material in enumerate(self.pack.table_materials):
             builder = self.scene.create_actor_builder()
             builder.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
-            builder.initial_pose = sapien.Pose([0, 0, -5 - 0.1 * i])
+            builder.initial_pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
             self.table_tops.append(builder.build_kinematic(f"table_top_{i}"))
         static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
         static_box("floor", [6, 6, 0.05], [0, 0, -0.05], self.pack.floor and RenderMaterial(base_color=self.pack.floor))
@@ -593,9 +597,8 @@ class PutOnPlate(BaseEnv):
 
     def set_table(self, index: int):
         if self.photos is None:
-            if self.table_now is not None:
-                self.table_tops[self.table_now]._objs[0].pose = sapien.Pose([0, 0, -5 - 0.1 * self.table_now])
-            self.table_tops[index]._objs[0].pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
+            for i in range(len(self.table_tops)) if self.table_now is None else (self.table_now, index):
+                self.table_tops[i]._objs[0].find_component_by_type(RenderBodyComponent).visibility = float(i == index)
         self.table_now = index
 
     # ------------------------------------------------------------ episode
