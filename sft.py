@@ -1,7 +1,7 @@
 """Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny backbone, from nothing.
 
     python sft.py                                       # scenes, demonstrations, two stages of training -> runs/sft
-    python sft.py --clone-steps 1400 --demos 2000 --out runs/weak    # a weak start, for studying PPO
+    python sft.py --clone-steps 3200 --out runs/weak    # a weak start (36 %), for studying PPO
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
 (grounding, answered with the very seven numbers that actions are written in). Its labels are free in the simulator.

@@ -398,6 +398,9 @@ def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
     assert [e.step for e in events.Scalars("train/success")] == list(range(1, 10))
     trainer = torch.load(run / "checkpoint-000009/trainer.pt", weights_only=True)
     assert trainer["iteration"] == 9 and len(trainer["successes"]) == 9
+    args = json.loads((run / "checkpoint-000009/args.json").read_text())
+    last = [group["lr"] * 9 for group in trainer["optimizer"]["param_groups"]]  # --anneal-lr: a ninth is left
+    assert args["anneal_lr"] and last == pytest.approx([args["learning_rate"], args["value_learning_rate"]])
 
 
 def test_resume_refuses_what_would_change_the_run(whole, monkeypatch):
