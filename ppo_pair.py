@@ -55,7 +55,7 @@ TABLE_3 = {
         max_grad_norm=10.0,
     ),
     "openvla-tiny": dict(
-        assets="builtin", iterations=30, num_envs=64, num_steps=20, batch_size=320, update_epochs=2, learning_rate=1e-4,
+        assets="builtin", iterations=16, num_envs=64, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=0.2, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
     ),
