@@ -10,6 +10,7 @@ machine's pace in mid-run meets both. Needs free cores: close what else is runni
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import sys
@@ -213,7 +214,7 @@ def iteration_table(args: Args):
             row = []
             for vec, one in ((plain, dataclasses.replace(pair, inv_coef=0.0, sen_coef=0.0)), (altered, pair)):
                 start = time.perf_counter()
-                batch, _ = ppo_pair.rollout(one, policy, vec, iter(range(i * pair.num_envs, (i + 1) * pair.num_envs)), "cpu")
+                batch, _ = ppo_pair.rollout(one, policy, vec, itertools.count(1000 * i), "cpu")
                 middle = time.perf_counter()
                 ppo_pair.update(one, policy, optimizer, batch, tables)
                 row += [middle - start, time.perf_counter() - middle]
