@@ -195,6 +195,8 @@ def settings_table(args: Args):
     print("\n| one scene, one process, a picture at every step | ms per env step |\n|---|---|")
     for setting in SETTINGS:
         print(f"| {setting} | {1000 / np.median([rate[setting] for rate in rates]):.1f} |")
+    for pipe in pipes.values():
+        pipe.send(False)
 
 
 def iteration_table(args: Args):
