@@ -437,7 +437,7 @@ class BuiltinPack:
 
 
 class EEPoseController(PDEEPoseController):
-    """ManiSkill's, with poses composed by SAPIEN: torch's many small operations cost a third of a step."""
+    """ManiSkill's, with poses composed by SAPIEN: torch needs many small operations for one."""
 
     @property
     def ee_pose_at_base(self) -> Pose:
@@ -760,7 +760,7 @@ def run_worker(conn_fd: int, memory_fd: int):
     conn = Connection(conn_fd)
     try:
         setup = conn.recv()
-        if render_backend() == "cpu":  # Mesa draws in a thread of its own: on the same core it is woken a millisecond sooner
+        if render_backend() == "cpu":  # Mesa draws in a thread of its own, which may be slow to wake on another core
             os.sched_setaffinity(0, {setup["core"]})
         views = {name: _resolve(reference) for name, reference in setup["views"].items()}
         arrays = np.frombuffer(mmap.mmap(memory_fd, 0), record(setup["image_size"], views))

@@ -319,9 +319,9 @@ def kl_to_altered(policy, dist, obs, instructions, latent, clip):
 
 def pair_kls(args, policy, dist, obs, instructions, latent, backgrounds):
     """KLs (B,) of `dist`, the distribution at o, from those at o_pre and o_alt -> dict: inv_kl, sen_kl (B,), if asked for."""
-    kls = {name: dist.new_zeros(0) for name in ("inv_kl", "sen_kl") if getattr(args, name.replace("kl", "coef"))}
-    if len(instructions) == 0:
-        return kls
+    if len(instructions) == 0:  # none was drawn here; every rank has the same statistics all the same
+        return {name: dist.new_zeros(0) for name, coef in (("inv_kl", args.inv_coef), ("sen_kl", args.sen_coef)) if coef}
+    kls = {}
     if args.inv_coef:
         composite = args.pre_view == "composite"
         rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds) if composite else obs["rgb_pre"]
@@ -387,7 +387,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                                    latent[pair], backgrounds)  # fmt: skip
                     # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
                     if args.inv_coef:
-                        loss = loss.index_add(0, pair, args.inv_coef / args.pair_fraction * kls["inv_kl"])
+                        loss = loss.index_add(0, pair, kls["inv_kl"], alpha=args.inv_coef / args.pair_fraction)
                     if args.sen_coef:
                         sen = kls["sen_kl"].clamp(max=args.sen_clip)
                         loss = loss.index_add(0, pair, sen, alpha=-args.sen_coef / args.pair_fraction)

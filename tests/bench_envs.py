@@ -69,6 +69,7 @@ def medians(args: Args, **steps) -> dict[str, float]:
     return {name: float(np.median([rate[name] for rate in rates])) for name in steps}
 
 
+SCALE = np.array([0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0])  # of random actions
 PLAYING = {}  # which step function each vector environment is in the middle of an episode for
 
 
@@ -76,14 +77,13 @@ def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
     """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets are part of the time)."""
     episode = [0]
     rng = np.random.default_rng(0)
-    scale = np.array([0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0])
 
     def step():
         if PLAYING.get(vec) is not step or vec.elapsed == vec.max_episode_steps:
             PLAYING[vec] = step
             vec.reset(range(episode[0], episode[0] + vec.num_envs), split)
             episode[0] += vec.num_envs
-        vec.step(torch.from_numpy((rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * scale).astype(np.float32)))
+        vec.step(torch.from_numpy((rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE).astype(np.float32)))
         return vec.num_envs
 
     return step
@@ -136,18 +136,24 @@ def compositing(size: int, batch: int = 64):
     return step
 
 
-SETTINGS = ("as it is", "Mesa draws in as many threads as there are cores", "the process may move between cores",
-            "the Panda's own meshes", "a shadow", "ManiSkill's rgb+segmentation at every step")  # fmt: skip
+SETTINGS = dict(
+    ours="as it is",
+    threads="Mesa draws in as many threads as there are cores",
+    cores="the process may move between cores",
+    meshes="the Panda's own meshes",
+    shadow="a shadow",
+    observation="ManiSkill's rgb+segmentation at every step",
+)
 
 
 def one_setting(conn, setting: str, args: Args):
     """A process: env steps/s of one scene, a picture after each, with one setting changed. Each message asks for a window."""
     torch.set_num_threads(1)
-    if setting not in SETTINGS[1:3]:
+    if setting not in ("threads", "cores"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    if setting == SETTINGS[3]:
+    if setting == "meshes":
         envs.LightPanda.urdf_path = envs.Panda.urdf_path
-    if setting == SETTINGS[4]:
+    if setting == "shadow":
 
         def with_shadow(env, options):
             env.scene.set_ambient_light([0.3, 0.3, 0.3])
@@ -156,7 +162,7 @@ def one_setting(conn, setting: str, args: Args):
 
         envs.PutOnPlate._load_lighting = with_shadow
     size = args.image_size or envs.find_pack("builtin").image_size
-    if setting == SETTINGS[5]:
+    if setting == "observation":
         envs.PutOnPlate.SUPPORTED_OBS_MODES = ("rgb+segmentation",)
         env = gym.make(envs.ENV_ID, obs_mode="rgb+segmentation", image_size=size, sim_backend="cpu",
                        render_backend=envs.render_backend()).unwrapped  # fmt: skip
@@ -168,8 +174,8 @@ def one_setting(conn, setting: str, args: Args):
         if count[0] % env.pack.max_episode_steps == 0:
             env.reset(seed=0, options=dict(episode_ids=[count[0]], split="train"))
         count[0] += 1
-        env.step((rng.uniform(-1, 1, 7) * [0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0]).astype(np.float32))
-        if setting != SETTINGS[5]:
+        env.step((rng.uniform(-1, 1, 7) * SCALE).astype(np.float32))
+        if setting != "observation":
             env.picture()
         return 1
 
@@ -182,7 +188,7 @@ def settings_table(args: Args):
     context, pipes = multiprocessing.get_context("spawn"), {}
     for setting in SETTINGS:
         pipes[setting], theirs = context.Pipe()
-        os.environ["LP_NUM_THREADS"] = str(len(os.sched_getaffinity(0))) if setting == SETTINGS[1] else "0"
+        os.environ["LP_NUM_THREADS"] = str(len(os.sched_getaffinity(0))) if setting == "threads" else "0"
         context.Process(target=one_setting, args=(theirs, setting, args), daemon=True).start()
 
     def ask(pipe):
@@ -193,8 +199,8 @@ def settings_table(args: Args):
         ask(pipe)  # starts up
     rates = [{setting: ask(pipe) for setting, pipe in pipes.items()} for _ in range(args.windows)]
     print("\n| one scene, one process, a picture at every step | ms per env step |\n|---|---|")
-    for setting in SETTINGS:
-        print(f"| {setting} | {1000 / np.median([rate[setting] for rate in rates]):.1f} |")
+    for setting, description in SETTINGS.items():
+        print(f"| {description} | {1000 / np.median([rate[setting] for rate in rates]):.1f} |")
     for pipe in pipes.values():
         pipe.send(False)
 

@@ -513,7 +513,7 @@ def its_cores(environments):
 
 
 def test_each_worker_stays_on_a_core_where_mesa_draws(shared):
-    """Mesa's thread and its caller on two cores wait for each other a millisecond longer at every picture."""
+    """Mesa draws in a thread of its own, and its caller waits for it."""
     here = sorted(os.sched_getaffinity(0))
     cores = shared.map(its_cores, (), ())
     if envs.render_backend() == "cpu":
