@@ -468,7 +468,8 @@ class LightPanda(Panda):
             damping=1e2, force_limit=100, ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
             use_target=False,  # DEVIATION: RL4VLA accumulates targets; here what the camera sees is all there is to know
         )  # fmt: skip
-        arm.controller_cls = EEPoseController
+        if not self.scene.gpu_sim_enabled:
+            arm.controller_cls = EEPoseController
         gripper = PDJointPosMimicControllerConfig(
             self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2, force_limit=100,
             normalize_action=True, drive_mode="force", mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
@@ -543,10 +544,9 @@ class PutOnPlate(BaseEnv):
             builder = self.scene.create_actor_builder()
             self.pack.build_object(i, builder, friction)
             builder.initial_pose = self._parked(i)
-            actor = builder.build(name)
+            self.objects.append(builder.build(name))
             # PhysX has no rolling friction: without damping round objects roll off the table
-            actor._objs[0].find_component_by_type(PhysxRigidDynamicComponent).angular_damping = 5.0
-            self.objects.append(actor)
+            self.objects[-1].set_angular_damping(5.0)
         builder = self.scene.create_actor_builder()
         self.pack.build_plate(builder, friction)
         builder.initial_pose = sapien.Pose([0, 0, 1.2])
@@ -587,13 +587,16 @@ class PutOnPlate(BaseEnv):
             lamp.color = list(color)
             lamp.entity.pose = sapien.Pose([0, 0, 0], sapien.math.shortest_rotation([1, 0, 0], list(direction)))
 
-    def set_camera(self, degrees: float):
+    def camera_pose(self, degrees: float) -> sapien.Pose:
         """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the paper says "rotation"."""
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
         center = np.array([*CENTER, 0])
         eye, at = (center + turn @ (p - center) for p in (self.pack.camera_eye, self.pack.camera_at))
-        self.camera_mount._objs[0].pose = sapien_utils.look_at(eye, at).sp
+        return sapien_utils.look_at(eye, at).sp
+
+    def set_camera(self, degrees: float):
+        self.camera_mount._objs[0].pose = self.camera_pose(degrees)
 
     def set_table(self, index: int):
         if self.photos is None:
@@ -729,7 +732,7 @@ def record(size: int, views) -> np.dtype:
     picture = (size, size, 3)
     fields = [("rgb", np.uint8, picture), ("mask", np.bool_, picture[:2]), ("state", np.float32, 8)]
     fields += [(name, np.uint8, picture) for name in views]
-    fields += [("reward", np.float32), ("episode_return", np.float32)]
+    fields += [("reward", np.float32), ("episode_return", np.float32), ("view_seconds", np.float64)]
     return np.dtype(fields + [(name, np.bool_) for name in ("success", "success_once", "grasped")], align=True)
 
 
@@ -771,9 +774,11 @@ def run_worker(conn_fd: int, memory_fd: int):
             arrays["rgb"][slot], ids = env.picture()
             arrays["mask"][slot] = env.foreground(ids)
             arrays["state"][slot] = env.state()
+            start = time.perf_counter()
             for name, view in views.items():
                 draw = [setup["alter_seed"], env.episode_id, env.elapsed] + [1] * (name == "rgb_pre")
                 arrays[name][slot] = view(env, np.random.default_rng(draw))
+            arrays["view_seconds"][slot] += time.perf_counter() - start
 
         while True:
             command, argument = conn.recv()
@@ -852,6 +857,11 @@ class VecEnv:
             self._workers[-1][1].send(setup)
         shared.close()
         self._gather()
+
+    @property
+    def view_seconds(self) -> float:
+        """How long each worker has drawn changed views so far, on average."""
+        return float(self._arrays["view_seconds"].sum()) / self.num_workers
 
     def _send(self, messages):
         for (process, conn), message in zip(self._workers, messages):
@@ -953,8 +963,22 @@ class VecEnv:
         self.close()
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None) -> VecEnv:
-    """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core).
+def choose_sim(sim: str) -> str:
+    """--sim -> "cpu" or "cuda". Raises Fault where "cuda" is not possible; nothing is fetched."""
+    library = Path.home() / f".sapien/physx/{sapien.physx.version()}/libPhysXGpu_64.so"
+    fetch = f"{library} is missing: `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` fetches it"
+    if sim == "cuda" and not torch.cuda.is_available():
+        raise Fault("--sim cuda: there is no CUDA device here; --sim cpu needs none")
+    if sim == "cuda" and not library.is_file():
+        raise Fault(f"--sim cuda: PhysX's GPU library {fetch}")
+    if sim == "auto" and torch.cuda.is_available() and not library.is_file():
+        print(f"physics on the CPU, pictures on the {render_backend().upper()}: PhysX's GPU library {fetch}", file=sys.stderr)
+    return "cuda" if sim != "cpu" and torch.cuda.is_available() and library.is_file() else "cpu"
+
+
+def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):
+    """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core) -> VecEnv; or
+    with `sim` "cuda", or "auto" where that is possible, all in this process with GPU physics (envs_cuda.py).
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
@@ -965,8 +989,12 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
     if num_envs < 1:
         raise Fault(f"--num-envs is {num_envs}: it must be at least 1")
     find_pack(assets)
-    cores = len(os.sched_getaffinity(0))
     views = {name: view for name, view in (("rgb_alt", alter), ("rgb_pre", preserve)) if view is not None}
+    if choose_sim(sim) == "cuda":
+        from envs_cuda import CudaVecEnv  # which imports this file
+
+        return CudaVecEnv(num_envs, assets, image_size, views)
+    cores = len(os.sched_getaffinity(0))
     return VecEnv(num_envs, assets, image_size, min(num_envs, num_workers or cores), views)
 
 

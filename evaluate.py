@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from envs import SPLITS, Fault, make_envs, parse_split
+from envs import SPLITS, Fault, choose_sim, make_envs, parse_split
 
 EVAL_EPISODES_START = 1_000_000_000  # training uses the ids below, so no evaluation episode was ever trained on
 EPISODES_PER_SEED = 1_000_000  # seed s evaluates the ids EVAL_EPISODES_START + s * EPISODES_PER_SEED + (0, 1, 2, ...)
@@ -60,6 +61,8 @@ class Args:
     """output directory (default: <checkpoint>/eval)"""
     video: int = 0
     """number of mp4s per split, of its first episodes, with the outcome in the file name"""
+    sim: Literal["cpu", "cuda", "auto"] = "cpu"
+    """physics, as for ppo_pair.py"""
     cuda: bool = True
     """if toggled, the policy runs on the GPU where there is one"""
     compare: tuple[str, str] | None = None
@@ -341,6 +344,7 @@ def main(args: Args) -> None:
         return
 
     check_args(args)
+    sim = choose_sim(args.sim)
     args_json = Path(args.checkpoint) / "args.json"
     try:
         trained = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}  # for an adapter that was not trained here
@@ -374,7 +378,7 @@ def main(args: Args) -> None:
         policy = load_policy(backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]])
         num_envs = min(args.num_envs, args.num_episodes)
         with (
-            make_envs(num_envs, assets, image_size=policy.image_size, num_workers=workers) as envs,
+            make_envs(num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers) as envs,
             tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
         ):
             for split in args.splits:

@@ -127,6 +127,8 @@ class Args:
     # Algorithm specific arguments. None: the backbone's value in TABLE_3
     assets: str | None = None
     """asset pack: builtin (nothing to download) or rl4vla (the paper's)"""
+    sim: Literal["cpu", "cuda", "auto"] = "cpu"
+    """physics: worker processes on the CPU, or all scenes at once on the GPU; auto: the latter where it can be had"""
     pre_view: Literal["composite", "rerender", "camera"] = "composite"
     """o_pre: Eq. (5); the same drawn anew without distractors; or (5.5) from another camera, and then training episodes
     too have one each"""
@@ -246,7 +248,7 @@ def rollout(args, policy, envs, episode_ids, device, exact=False):
     decisions, N environments of this rank. Advantages are normalised over those of all ranks, stats are theirs as well.
     episode_ids: an iterator over fresh ids. exact: see VecEnv.reset.
     """
-    split = train_split(args)
+    split, view_seconds = train_split(args), envs.view_seconds
     obs, instructions, latents, logprobs, values, rewards, dones, successes = [], [], [], [], [], [], [], []
     for _ in range(args.num_steps // envs.max_episode_steps):
         next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], split, exact, args.seed)
@@ -285,7 +287,8 @@ def rollout(args, policy, envs, episode_ids, device, exact=False):
         returns=returns.flatten(),
     )
     stats = dict(success=success / episodes, reward=reward / episodes,
-                 explained_variance=1 - a_var / y_var if y_var > 1e-12 else float("nan"))  # fmt: skip
+                 explained_variance=1 - a_var / y_var if y_var > 1e-12 else float("nan"),
+                 view_seconds=envs.view_seconds - view_seconds)  # fmt: skip
     return batch, stats
 
 
@@ -549,6 +552,7 @@ def main(args: Args):
         raise sim.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
                         "each needs an environment, and the batch size must be a multiple of --num-envs")  # fmt: skip
     sim.parse_split(train_split(args))  # is --camera-range possible?
+    args.sim = sim.choose_sim(args.sim)
     device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -604,7 +608,7 @@ def main(args: Args):
         if RANK == 0:
             save_checkpoint(run_dir, policy, args, trainer)
 
-    with sim.make_envs(len(mine), args.assets, image_size=policy.image_size,
+    with sim.make_envs(len(mine), args.assets, sim=args.sim, image_size=policy.image_size,
                        num_workers=max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD),
                        alter=views.task_altering if args.sen_coef else None,
                        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None) as envs:  # fmt: skip
@@ -667,7 +671,7 @@ def main(args: Args):
             print(f"stopped by SIGTERM after iteration {complete}; {then}")
     elif args.eval_episodes:
         evaluate.main(evaluate.Args(checkpoint=str(checkpoints(run_dir)[-1]), num_episodes=args.eval_episodes,
-                                    temperature=args.temperature_eval,
+                                    temperature=args.temperature_eval, sim=args.sim,
                                     num_envs=min(16, args.eval_episodes), cuda=args.cuda))  # fmt: skip
     if WORLD > 1:
         dist.destroy_process_group()
@@ -682,7 +686,8 @@ def health_line(iteration, stats, recent, warming) -> str:
     )
     for name in ("inv_kl", "sen_kl", "sen_clipped", "unrelated_kl"):
         line += f"{name} {stats[name]:.3f} " if name in stats else ""
-    line += f"| rollout {stats['rollout_seconds']:.1f} s update {stats['update_seconds']:.1f} s "
+    line += f"| rollout {stats['rollout_seconds']:.1f} s (views {stats['view_seconds']:.1f}) "
+    line += f"update {stats['update_seconds']:.1f} s "
     line += f"{stats['decisions_per_second']:.0f} decisions/s"
     return line + (" (critic warm-up)" if warming else "")
 

@@ -88,12 +88,14 @@ def task_altering(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
 
     A target in the gripper is drawn outside it, as the paper's construction has it.
     """
+    with drawn_at(env.target_entity, altered_pose(env.target_entity.pose, rng)):
+        return env.picture()[0]
+
+
+def altered_pose(pose: sapien.Pose, rng: np.random.Generator) -> sapien.Pose:
     dx, dy = rng.normal(0.0, ALTER_SIGMA, 2)
     yaw = float(rng.choice(ALTER_YAWS))
-    pose = env.target_entity.pose
-    turned = sapien.Pose(pose.p + [dx, dy, 0], (sapien.Pose(q=euler2quat(0, 0, yaw)) * sapien.Pose(q=pose.q)).q)
-    with drawn_at(env.target_entity, turned):
-        return env.picture()[0]
+    return sapien.Pose(pose.p + [dx, dy, 0], (sapien.Pose(q=euler2quat(0, 0, yaw)) * sapien.Pose(q=pose.q)).q)
 
 
 def rerendered(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
@@ -107,13 +109,16 @@ def rerendered(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
 
 def other_camera(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
     """o_pre of section 5.5: (H, W, 3) uint8, the same state from another camera of the split's."""
-    others = [degrees for degrees in env.split.cameras if degrees != env.episode.camera_deg]
     mount = env.camera_mount._objs[0]
     before = mount.pose  # not exactly the one it was given: PhysX normalises the quaternion
-    env.set_camera(float(rng.choice(others)))
+    env.set_camera(other_degrees(env.split, env.episode, rng))
     picture = env.picture()[0]
     mount.pose = before
     return picture
+
+
+def other_degrees(split: envs.Split, episode: envs.Episode, rng: np.random.Generator) -> float:
+    return float(rng.choice([degrees for degrees in split.cameras if degrees != episode.camera_deg]))
 
 
 RENDERED = dict(composite=None, rerender=rerendered, camera=other_camera)  # --pre-view -> what the environments draw for it

@@ -22,7 +22,7 @@ class Toy:
     picture is new, so credit has to go to the right step. A picture depends on episode id and step alone. Same interface
     as envs.VecEnv."""
 
-    max_episode_steps, num_workers = 2, 1
+    max_episode_steps, num_workers, view_seconds = 2, 1, 0.0
 
     def __init__(self, num_envs, size=16, blind=False, seconds=0.0):
         self.num_envs, self.size, self.blind, self.seconds = num_envs, size, blind, seconds
@@ -93,7 +93,7 @@ def in_float64(x, original=torch.Tensor.float):
     return original(x) if x.dtype == torch.int64 else x.double()
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None):
+def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):
     return Toy(num_envs, image_size, seconds=float(os.environ.get("TOY_SECONDS", 0)))
 
 

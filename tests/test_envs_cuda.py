@@ -1,0 +1,164 @@
+"""envs_cuda.py where no GPU is: one scene on a CPU against envs.py, and N scenes of pretended bodies."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sapien
+import torch
+
+import envs
+import envs_cuda
+import sft
+import views
+
+
+def make_one(drawn, assets="builtin"):
+    return envs_cuda.CudaVecEnv(1, assets, None, drawn, "physx_cpu", f"sapien_{envs.render_backend().replace('gpu', 'cuda')}")
+
+
+def same_picture(a, b):
+    """But for a hair: poses are float32 here, which moves an edge by a grey level, or a contact by 0.1 mm."""
+    return (np.abs(np.asarray(a, int) - np.asarray(b, int)) > 8).mean() < 0.004
+
+
+def test_one_scene_plays_as_envs_py():
+    """The same episode, rewards, pictures, mask and views, step by step; and torch's random numbers are left alone."""
+    drawn = dict(rgb_alt=views.task_altering, rgb_pre=views.rerendered)
+    env = envs.make_env("builtin")
+    with make_one(drawn) as vec:
+        env.reset(seed=0, options=dict(episode_ids=[3], split="clutter-2", reconfigure=True))
+        random_state = torch.get_rng_state()
+        obs, done, rewards = vec.reset([3], "clutter-2", exact=True, alter_seed=5), torch.tensor([False]), []
+        assert vec.instructions == [env.instruction]
+        while not done.all():
+            rgb, ids = env.picture()
+            want = dict(rgb=rgb.copy(), mask=255 * env.foreground(ids))
+            for name, view in drawn.items():
+                draw = [5, 3, env.elapsed] + [1] * (name == "rgb_pre")
+                want[name] = view(env, np.random.default_rng(draw))
+            for name, picture in want.items():
+                assert same_picture(obs[name][0] * (255 if name == "mask" else 1), picture), (name, env.elapsed)
+            assert np.allclose(obs["state"][0], env.state(), atol=2e-3)
+            chunk, wanted = [], 0.0
+            for _ in range(5):
+                chunk.append(sft.oracle(env))
+                env.step(chunk[-1])
+                env.elapsed += 1
+                wanted += env.reward()
+            obs, reward, done, info = vec.step(torch.from_numpy(np.stack(chunk))[None])
+            assert reward.item() == pytest.approx(wanted, abs=1e-5)
+            rewards.append(wanted)
+            assert (info["success"].item(), info["success_once"].item()) == (env.success, env.success_once)
+            assert info["grasped"].item() == env.ever_grasped
+        assert sum(rewards) == pytest.approx(1.2) == info["episode_return"].item() and vec.elapsed == 20
+        assert torch.equal(random_state, torch.get_rng_state())
+
+        # Cameras and lights: those of the episode, and what the views draw from
+        vec.views = dict(rgb_pre=envs_cuda.other_camera)
+        for split, view in (("camera+-15:5", views.other_camera), ("lighting", None)):
+            env.reset(seed=0, options=dict(episode_ids=[4], split=split, reconfigure=True))
+            vec.views = dict(rgb_pre=envs_cuda.other_camera) if view else {}
+            obs = vec.reset([4], split)
+            assert same_picture(obs["rgb"][0], env.picture()[0]), split
+            if view:
+                assert same_picture(obs["rgb_pre"][0], view(env, np.random.default_rng([0, 4, 0, 1])))
+        vec.reset([4], "camera+20")
+        theirs = vec.map(views.render_backgrounds, ([2, 17],))[0]
+        assert same_picture(theirs, views.render_backgrounds([env], [2, 17]))
+
+
+class Body:
+    """An actor in 3 scenes whose poses are rows of the simulator's buffer."""
+
+    def __init__(self, number, data):
+        self.name, self._body_data_index, self.data = number, torch.arange(3) * 40 + number, data
+        self._bodies = [(number, scene) for scene in range(3)]
+
+    @property
+    def pose(self):
+        return SimpleNamespace(raw_pose=self.data[self._body_data_index, :7])
+
+
+@pytest.fixture
+def three():
+    """PutOnPlates on three scenes that do not exist: 25 objects are rows 0-24 of a scene's 40, tables 27-29."""
+    env = object.__new__(envs_cuda.PutOnPlates)
+    data = torch.randn(120, 13, generator=torch.Generator().manual_seed(0))
+    data[:, 3:7] = torch.nn.functional.normalize(data[:, 3:7], dim=1)
+    px = SimpleNamespace(cuda_rigid_body_data=SimpleNamespace(torch=lambda: data), timestep=0.01)
+    bodies = [Body(i, data) for i in range(30)]
+    env.scene, env.num_envs, env.device, env.pack = (
+        SimpleNamespace(gpu_sim_enabled=True, px=px),
+        3,
+        "cpu",
+        envs.PACKS["builtin"],
+    )
+    env.objects, env.plate, env.fingers, env.table_tops = bodies[:25], bodies[25], [bodies[26], bodies[26]], bodies[27:30]
+    env.episodes = [envs.sample_episode(i, "clutter-2", env.pack) for i in (0, 1, 2)]
+    env.picture = lambda tables=None: (data.clone(), None)
+    env.contact_query = None
+    return env, data
+
+
+def test_a_view_moves_the_right_body_in_every_scene_and_puts_it_back(three):
+    env, data = three
+    before, targets = data.clone(), [e.target for e in env.episodes]
+    assert len(set(targets)) > 1, "scenes with different targets"
+    seen = envs_cuda.task_altering(env, [np.random.default_rng(i) for i in range(3)])
+    changed = (seen != before).any(1).nonzero().flatten().tolist()
+    assert changed == [40 * n + t for n, t in enumerate(targets)]
+    for n, row in enumerate(changed):
+        pose = sapien.Pose(before[row, :3], before[row, 3:7])
+        want = views.altered_pose(pose, np.random.default_rng(n))
+        assert np.allclose(seen[row, :7], [*want.p, *want.q], atol=1e-6)
+    assert torch.equal(data, before)
+
+    seen = envs_cuda.rerendered(env, [np.random.default_rng(i) for i in range(3)])
+    for n, e in enumerate(env.episodes):
+        below = (seen[40 * n : 40 * n + 30, 2] == -50).nonzero().flatten().tolist()
+        table = int(np.random.default_rng(n).integers(16))
+        assert below == sorted([*e.distractors, *(27 + i for i in range(3) if i != table)])
+    assert torch.equal(data, before)
+
+
+def test_forces_belong_to_the_target_of_their_scene(three):
+    env, _ = three
+    asked, made = [], []
+
+    def create(pairs):
+        made.append(pairs)
+        value = torch.arange(len(pairs) * 3).view(-1, 3) * 0.01
+        return SimpleNamespace(cuda_impulses=SimpleNamespace(torch=lambda: value))
+
+    px = env.scene.px
+    px.gpu_create_contact_pair_impulse_query, px.gpu_query_contact_pair_impulses = create, asked.append
+    for _ in range(2):
+        forces = env.contact_forces()
+    assert len(made) == 1 and len(asked) == 2  # one query for all, made once an episode
+    assert forces.shape == (3, 3, 3)
+    for n, e in enumerate(env.episodes):
+        for j, other in enumerate((26, 26, 25)):
+            assert made[0][3 * n + j] == ((e.target, n), (other, n))
+            assert torch.allclose(forces[n, j], torch.arange(3.0) + 3 * (3 * n + j))  # impulses / 0.01 s
+
+
+def test_which_simulator(monkeypatch, tmp_path, capsys):
+    assert envs.choose_sim("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert envs.choose_sim("auto") == "cpu"
+    with pytest.raises(envs.Fault, match="--sim cuda: there is no CUDA device here"):
+        envs.choose_sim("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(envs.Path, "home", lambda: tmp_path)
+    with pytest.raises(envs.Fault, match="libPhysXGpu_64.so is missing: .*enable_gpu"):
+        envs.choose_sim("cuda")
+    assert capsys.readouterr().err == ""
+    assert envs.choose_sim("auto") == "cpu"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("physics on the CPU, pictures on the ")
+    library = tmp_path / f".sapien/physx/{sapien.physx.version()}/libPhysXGpu_64.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert envs.choose_sim("auto") == envs.choose_sim("cuda") == "cuda"
+    assert capsys.readouterr().err == ""
