@@ -109,7 +109,7 @@ class Rl4vlaPack:
 
 @register_agent()
 class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX250S with RL4VLA's controller: as envs.LightPanda's, but deltas accumulate on the commanded pose."""
+    """ManiSkill's WidowX250S with RL4VLA's controller: as builtin.LightPanda's, but deltas accumulate on the commanded pose."""
 
     uid = "widowx_bridge"
     _sensor_configs = ()

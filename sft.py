@@ -25,6 +25,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
+import builtin
 import envs
 import policies
 import rl4vla
@@ -100,7 +101,7 @@ def grasp_turn(env: envs.PutOnPlate) -> float:
     Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
     label that a policy cannot read off 96 pixels: it hovers.
     """
-    if envs.OBJECTS[env.episode.target][1] != "long":
+    if builtin.OBJECTS[env.episode.target][1] != "long":
         return 0.0
     error = _yaw(env.target_entity.pose) - _yaw(env.tcp_entity.pose)
     error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
@@ -233,7 +234,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
-    names = [name for name, _, _ in envs.OBJECTS]
+    names = [name for name, _, _ in builtin.OBJECTS]
     features = []  # of the towers and the projector in the last forward pass: read here without a second pass
     hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in policy.vision_parts()]
     scale = nn.Parameter(torch.tensor([1.5, -4.0]))  # of the alignment: log inverse temperature, bias
@@ -306,7 +307,7 @@ def cache_key(args: Args) -> str:
     """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "rl4vla.py", "policies.py")]
+    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "builtin.py", "rl4vla.py", "policies.py")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 

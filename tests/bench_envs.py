@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import tyro
 
+import builtin
 import envs  # sets LP_NUM_THREADS=0, for both sides
 import policies
 import ppo_pair
@@ -152,7 +153,7 @@ def one_setting(conn, setting: str, args: Args):
     if setting not in ("threads", "cores"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if setting == "meshes":
-        envs.LightPanda.urdf_path = envs.Panda.urdf_path
+        builtin.LightPanda.urdf_path = builtin.Panda.urdf_path
     if setting == "shadow":
 
         def with_shadow(env, options):

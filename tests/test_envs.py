@@ -20,10 +20,11 @@ from conftest import PACKS, needs_rl4vla
 from mani_skill.agents.controllers import PDEEPoseController
 from PIL import Image
 
+import builtin
 import envs
 import rl4vla
 import sft
-from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, LIGHTS, OBJECTS, RING, TRAIN_YAWS, Fault, sample_episode
+from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, LIGHTS, RING, TRAIN_YAWS, Fault, sample_episode
 
 ROOT = Path(__file__).parent.parent
 PACK = envs.PACKS["builtin"]
@@ -63,16 +64,16 @@ def test_every_place_is_used():
 
 
 def test_counts_and_places():
-    assert len(OBJECTS) == len({name for name, _, _ in OBJECTS}) == 25
+    assert len(builtin.OBJECTS) == len({name for name, _, _ in builtin.OBJECTS}) == 25
     assert len(LIGHTS) == len(set(LIGHTS)) == 21
     assert len(GRID) == 36 and np.allclose(np.abs(GRID - CENTER).max(0), HALF_EDGE)
     assert np.allclose(np.unique(np.diff(np.unique(GRID[:, 0].round(9)))), 0.03)
     assert len(RING) == 28 and np.allclose(np.abs(RING - CENTER).max(1), 0.105)
     yaws = [*TRAIN_YAWS, *HELD_OUT_YAWS]
     assert len(set(np.round(np.mod(yaws, np.pi), 6))) == 8  # none is another's half turn
-    tables = [envs.table_texture(i) for i in range(21)]
+    tables = [builtin.table_texture(i) for i in range(21)]
     far = [np.abs(tables[i].astype(int) - tables[j]).mean() for i in range(21) for j in range(i)]
-    assert min(far) > 5 and np.array_equal(tables[3], envs.table_texture(3))
+    assert min(far) > 5 and np.array_equal(tables[3], builtin.table_texture(3))
 
 
 @needs_rl4vla
@@ -475,7 +476,7 @@ def test_workers_and_chunks_change_nothing(alone, shared):
     assert obs["rgb"].shape == (3, 96, 96, 3) and obs["rgb"].dtype == torch.uint8 and "rgb_alt" not in obs
     assert obs["mask"].shape == (3, 96, 96) and obs["mask"].dtype == torch.bool
     assert obs["state"].shape == (3, 8) and obs["state"].dtype == torch.float32
-    names = [OBJECTS[sample_episode(i, s, PACK).target][0] for i, s in zip(ids, splits)]
+    names = [builtin.OBJECTS[sample_episode(i, s, PACK).target][0] for i, s in zip(ids, splits)]
     assert alone.instructions == [f"put {name} on plate" for name in names]
     assert len({frame.numpy().tobytes() for frame in obs["rgb"]}) == 3
     actions, single = [], []

@@ -10,11 +10,12 @@ import sapien
 import torch
 from transforms3d.euler import euler2quat
 
+import builtin
 import envs
 import policies
 import sft
 
-NAMES = [name for name, _, _ in envs.OBJECTS]
+NAMES = [name for name, _, _ in builtin.OBJECTS]
 
 
 @pytest.fixture(scope="module")
