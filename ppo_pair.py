@@ -56,7 +56,7 @@ TABLE_3 = {
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=16, num_envs=64, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
-        value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
+        value_learning_rate=2e-3, inv_coef=2.0, sen_coef=0.3, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
     ),
     "pi05": dict(
