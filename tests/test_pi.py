@@ -837,7 +837,7 @@ def test_adapters_and_the_whole_expert_train_are_saved_and_merge(policy, officia
 class Counting:
     """As envs.VecEnv does it (tests/test_envs.py): a chunk's rewards are summed, and nothing happens past the end."""
 
-    num_envs, max_episode_steps, instructions = 2, 20, TASKS[:2]
+    num_envs, max_episode_steps, view_seconds, instructions = 2, 20, 0.0, TASKS[:2]
     rewards = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(0))  # (episode, step, environment)
     episode = -1
 
@@ -877,7 +877,7 @@ def test_chunks_by_brute_force():
 class Bright:
     """The right chunk is written in the image: all its actions towards the bright side. Two decisions per episode."""
 
-    num_envs, max_episode_steps, instructions = 64, 10, ["put red cube on plate"] * 64
+    num_envs, max_episode_steps, view_seconds, instructions = 64, 10, 0.0, ["put red cube on plate"] * 64
 
     def look(self):
         self.right = torch.rand(64) < 0.5
