@@ -41,14 +41,14 @@ def raw(poses) -> torch.Tensor:
 
 @register_env(ENV_ID, max_episode_steps=20)
 class PutOnPlates(envs.PutOnPlate):
-    """N scenes: `reset(options=dict(episode_ids=N ids, splits=N names))`, `step(actions (N, 7))`, then `picture()`."""
+    """N scenes: `reset(options=dict(episodes=N of them, splits=N names))`, `step(actions (N, 7))`, then `picture()`."""
 
     @staticmethod
     def _parked(i: int) -> sapien.Pose:
         return sapien.Pose([4.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # out of every camera's sight, asleep
 
     def _load_lighting(self, options):
-        self.lights_now = options.get("lights", [0] * self.num_envs)
+        self.lights_now = [e.light for e in options["episodes"]] if "episodes" in options else [0] * self.num_envs
         for i, light in enumerate(envs.LIGHTS[index] for index in self.lights_now):
             self.scene.sub_scenes[i].render_system.ambient_light = list(light.ambient)
             directions = (light.key_direction, *light.fill_directions)
@@ -60,15 +60,15 @@ class PutOnPlates(envs.PutOnPlate):
         self.photos = None if photos is None else torch.from_numpy(photos).to(self.device)
         self.links = self.agent.robot.get_links()
         self.fingers = [self.agent.finger1_link, self.agent.finger2_link]
-        self.scenes = torch.arange(self.num_envs, device=self.device)
 
     # ------------------------------------------------------------ episode
     def _initialize_episode(self, env_idx, options):
         assert len(env_idx) == self.num_envs, "all scenes start together"
-        self.episode_ids = options.get("episode_ids", range(self.num_envs))
-        self.splits = [envs.parse_split(name) for name in options.get("splits", ["train"] * self.num_envs)]
-        self.episodes = [envs.sample_episode(i, s, self.pack) for i, s in zip(self.episode_ids, self.splits)]
         pack = self.pack
+        if "episodes" not in options:  # ManiSkill's own reset, while it makes the environment
+            options = dict(episodes=[envs.sample_episode(i, "train", pack) for i in range(self.num_envs)],
+                           splits=["train"] * self.num_envs)  # fmt: skip
+        self.episodes, self.splits = options["episodes"], [envs.parse_split(name) for name in options["splits"]]
         places = [[self._parked(i) for i in range(len(self.objects))] for _ in self.episodes]
         for place, e in zip(places, self.episodes):
             distractors = zip(e.distractors, e.distractor_xy, e.distractor_yaw)
@@ -97,9 +97,8 @@ class PutOnPlates(envs.PutOnPlate):
         self.agent.robot.set_pose(pack.base_pose)
         self.agent.reset(init_qpos=pack.init_qpos)
 
-        self.target = torch.tensor([e.target for e in self.episodes], device=self.device)
         rotation = self.of_target(lambda actor: actor.pose.to_transformation_matrix()[:, :3, :3])
-        sizes = torch.tensor(np.array(pack.sizes), dtype=torch.float32, device=self.device)[self.target]
+        sizes = torch.tensor(np.array([pack.sizes[e.target] for e in self.episodes]), dtype=torch.float32, device=self.device)
         self.target_half_z = (rotation.abs()[:, 2] * sizes).sum(1) / 2
         self.contact_query = None
         self.keep = torch.zeros(self.num_envs, 1024, dtype=torch.bool, device=self.device)  # ids of M of Eq. (5)
@@ -119,14 +118,16 @@ class PutOnPlates(envs.PutOnPlate):
 
     def of_target(self, read) -> torch.Tensor:
         """read(actor) (N, ...) of the actor that is the target in each scene."""
-        found = {i: read(self.objects[i]) for i in {e.target for e in self.episodes}}
-        return torch.stack([found[e.target][n] for n, e in enumerate(self.episodes)])
+        used = sorted({e.target for e in self.episodes})
+        rows = torch.tensor([used.index(e.target) for e in self.episodes], device=self.device)
+        return torch.stack([read(self.objects[i]) for i in used])[rows, torch.arange(self.num_envs, device=self.device)]
 
     def contact_forces(self) -> torch.Tensor:
         """(N, 3, 3) newtons that the two fingers and the plate exert on the target."""
         others, px = [*self.fingers, self.plate], self.scene.px
         if not self.gpu_sim_enabled:
-            return torch.stack([self.scene.get_pairwise_contact_forces(self.objects[self.target[0]], o) for o in others], 1)
+            target = self.objects[self.episodes[0].target]
+            return torch.stack([self.scene.get_pairwise_contact_forces(target, other) for other in others], 1)
         if self.contact_query is None:  # one query for all pairs of all scenes, made once an episode
             targets = [self.objects[e.target]._bodies[n] for n, e in enumerate(self.episodes)]
             pairs = [(body, other._bodies[n]) for n, body in enumerate(targets) for other in others]
@@ -181,7 +182,7 @@ class PutOnPlates(envs.PutOnPlate):
 
     def foreground(self, ids: torch.Tensor) -> torch.Tensor:
         """The mask M of Eq. (5): (N, H, W) bool."""
-        return self.keep[self.scenes[:, None, None], ids.long()]
+        return self.keep.gather(1, ids.long().flatten(1)).view(ids.shape)
 
     def with_tables(self, tables: torch.Tensor):
         """What `drawn` needs to show table number tables[n] in scene n."""
@@ -198,9 +199,11 @@ class PutOnPlates(envs.PutOnPlate):
             before = [data[body._body_data_index, :7].clone() for body, _ in moves]
             for body, poses in moves:
                 data[body._body_data_index, :7] = poses.to(data)
-            yield
-            for (body, _), poses in zip(moves, before):
-                data[body._body_data_index, :7] = poses
+            try:
+                yield
+            finally:
+                for (body, _), poses in zip(moves, before):
+                    data[body._body_data_index, :7] = poses
             return
         with ExitStack() as stack:
             for body, poses in moves:
@@ -256,8 +259,12 @@ def render_backgrounds(env: PutOnPlates, tables: list[int]) -> np.ndarray:
     return np.array(pictures)
 
 
-BATCHED = {function: globals()[function.__name__] for function in
-           (views.task_altering, views.rerendered, views.other_camera, views.render_backgrounds)}  # fmt: skip
+BATCHED = {
+    views.task_altering: task_altering,
+    views.rerendered: rerendered,
+    views.other_camera: other_camera,
+    views.render_backgrounds: render_backgrounds,
+}
 
 
 class CudaVecEnv:
@@ -289,7 +296,7 @@ class CudaVecEnv:
         obs = dict(rgb=rgb, mask=env.foreground(ids), state=env.state())
         start = time.perf_counter()
         for name, view in self.views.items():
-            draws = [[self.alter_seed, i, env.elapsed] + [1] * (name == "rgb_pre") for i in env.episode_ids]
+            draws = [[self.alter_seed, i, env.elapsed] + [1] * (name == "rgb_pre") for i in self.episode_ids]
             obs[name] = view(env, [np.random.default_rng(draw) for draw in draws])
         self.view_seconds += time.perf_counter() - start
         return obs
@@ -297,10 +304,10 @@ class CudaVecEnv:
     def reset(self, episode_ids, split="train", exact: bool = False, alter_seed: int = 0) -> dict:
         """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, `exact` or not."""
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
-        ids, self.alter_seed = [int(i) for i in episode_ids], alter_seed
-        lights = [envs.sample_episode(i, name, self.env.pack).light for i, name in zip(ids, splits, strict=True)]
-        anew = exact or lights != self.env.lights_now
-        self.env.reset(seed=0, options=dict(episode_ids=ids, splits=splits, lights=lights, reconfigure=anew))
+        self.episode_ids, self.alter_seed = [int(i) for i in episode_ids], alter_seed
+        episodes = [envs.sample_episode(i, name, self.env.pack) for i, name in zip(self.episode_ids, splits, strict=True)]
+        anew = exact or [e.light for e in episodes] != self.env.lights_now
+        self.env.reset(seed=0, options=dict(episodes=episodes, splits=splits, reconfigure=anew))
         return self._look()
 
     def step(self, actions: torch.Tensor):

@@ -1,5 +1,6 @@
 """views.py: Eq. (5) pixel by pixel, the mask, the backgrounds, and that an altered view does not disturb physics."""
 
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -236,7 +237,9 @@ def test_vectorised_views():
     """rgb_alt and rgb_pre depend on (alter_seed, episode, step) alone; backgrounds come from whichever workers there are."""
     options = dict(image_size=48, alter=views.task_altering, preserve=views.rerendered)
     with envs.make_envs(2, num_workers=2, **options) as vec:
+        start = time.perf_counter()
         first = vec.reset([3, 4], exact=True, alter_seed=5)
+        assert 0 < vec.view_seconds < time.perf_counter() - start
         for name in ("rgb_alt", "rgb_pre"):
             assert first[name].shape == (2, 48, 48, 3) and first[name].dtype == torch.uint8
             assert (first[name] != first["rgb"]).flatten(1).any(1).all()
