@@ -259,7 +259,7 @@ def surface(env) -> np.ndarray:
     if i not in SURFACES:
         shapes = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent).collision_shapes
         parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
-        SURFACES[i] = trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
+        SURFACES[i] = np.array(trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0])
     return SURFACES[i]
 
 
@@ -272,21 +272,17 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
     slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
     axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
     now = np.arctan2(axis[1], axis[0])
-    best, found = np.inf, None
-    for yaw in np.deg2rad(np.arange(0, 180, 7.5)):
-        close, side = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
-        u, v = slab @ close, slab @ side
-        turn = (yaw - now + np.pi / 2) % np.pi - np.pi / 2
-        for shift in np.arange(-0.03, 0.031, 0.0075):
-            left, right = (np.abs(v - shift + d) < 0.0045 for d in (0.0045, -0.0045))
-            if left.sum() < 3 or right.sum() < 3:
-                continue
-            ends = np.array([[u[half].min(), u[half].max()] for half in (left, right)])
-            low, high = ends[:, 0].min(), ends[:, 1].max()
-            slope = np.abs(ends[0] - ends[1]).sum()  # of faces that are not parallel the object is squeezed out
-            cost = 2.5 * slope + 2 * max(high - low - 0.02, 0) + 0.8 * np.hypot((low + high) / 2, shift) + 0.02 * abs(turn)
-            cost += 10 * (high - low > 0.05) + (high - low < 0.013)  # the gripper's opening, and its gap when closed
-            if cost < best:
-                best, found = cost, ((low + high) / 2 * close + shift * side, now + turn)
-    offset, yaw = found
-    return np.array([*(middle + offset), z]), yaw
+    yaws, shifts = np.deg2rad(np.arange(0, 180, 7.5)), np.arange(-0.03, 0.031, 0.0075)
+    close, side = np.stack([np.cos(yaws), np.sin(yaws)], 1), np.stack([-np.sin(yaws), np.cos(yaws)], 1)  # (24, 2)
+    u, v = (slab @ close.T).T[:, None], (slab @ side.T).T[:, None]  # (24, 1, points)
+    turn = (yaws - now + np.pi / 2) % np.pi - np.pi / 2
+    halves = np.stack([np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)])  # left and right of the finger
+    lows, highs = np.where(halves, u, 9).min(-1), np.where(halves, u, -9).max(-1)  # (2, 24, 9)
+    low, high = lows.min(0), highs.max(0)
+    slope = np.abs(lows[0] - lows[1]) + np.abs(highs[0] - highs[1])  # of faces not parallel the object is squeezed out
+    center, width = (low + high) / 2, high - low
+    cost = 2.5 * slope + 2 * np.maximum(width - 0.02, 0) + 0.8 * np.hypot(center, shifts) + 0.02 * np.abs(turn)[:, None]
+    cost += 10 * (width > 0.05) + (width < 0.013)  # the gripper's opening, and its gap when closed
+    cost[(halves.sum(-1) < 3).any(0)] = np.inf
+    i, j = np.unravel_index(cost.argmin(), cost.shape)
+    return np.array([*(middle + center[i, j] * close[i] + shifts[j] * side[i]), z]), now + turn[i]

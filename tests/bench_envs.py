@@ -115,13 +115,13 @@ def plain_maniskill(assets: str, size: int):
 
 
 def demonstrations(assets: str, size: int):
-    """Runs of sft.collect on one scene in this process, frames included; counts those that succeed."""
+    """Runs of sft.collect on one scene in this process, frames included, undisturbed; counts those that succeed."""
     env = envs.make_env(assets, size)
     episode = [0]
 
     def step():
         episode[0] += 1
-        return int(sft.collect([env], "train", [episode[0]], 0.25, 0)[0]["success"])
+        return int(sft.collect([env], "train", [episode[0]], 0.0, 0)[0]["success"])
 
     return step
 
