@@ -270,7 +270,8 @@ class PutOnPlate(BaseEnv):
     def _load_agent(self, options):
         super()._load_agent(options, self.pack.base_pose)
         if self.pack.robot_look:
-            sapien_utils.set_articulation_render_material(self.agent.robot._objs[0], **self.pack.robot_look)
+            for robot in self.agent.robot._objs:
+                sapien_utils.set_articulation_render_material(robot, **self.pack.robot_look)
 
     def _load_scene(self, options):
         def static_box(name, half_size, at, visual=None):
@@ -712,15 +713,22 @@ class VecEnv:
 
 def choose_sim(sim: str) -> str:
     """--sim -> "cpu" or "cuda". Raises Fault where "cuda" is not possible; nothing is fetched."""
+    if sim == "cpu":
+        return "cpu"
     library = Path.home() / f".sapien/physx/{sapien.physx.version()}/libPhysXGpu_64.so"
-    fetch = f"{library} is missing: `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` fetches it"
-    if sim == "cuda" and not torch.cuda.is_available():
-        raise Fault("--sim cuda: there is no CUDA device here; --sim cpu needs none")
-    if sim == "cuda" and not library.is_file():
-        raise Fault(f"--sim cuda: PhysX's GPU library {fetch}")
-    if sim == "auto" and torch.cuda.is_available() and not library.is_file():
-        print(f"physics on the CPU, pictures on the {render_backend().upper()}: PhysX's GPU library {fetch}", file=sys.stderr)
-    return "cuda" if sim != "cpu" and torch.cuda.is_available() and library.is_file() else "cpu"
+    if not torch.cuda.is_available():
+        lacks = "there is no CUDA device here"
+    elif not library.is_file():
+        lacks = f"{library} is missing: `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` fetches it"
+    elif render_backend() != "gpu":
+        lacks = "SAPIEN cannot draw on this GPU: `python envs.py --check` says what it draws with"
+    else:
+        return "cuda"
+    if sim == "cuda":
+        raise Fault(f"--sim cuda: {lacks}")
+    if torch.cuda.is_available():
+        print(f"physics on the CPU, pictures on the {render_backend().upper()}: {lacks}", file=sys.stderr)
+    return "cpu"
 
 
 def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):

@@ -45,7 +45,7 @@ class PutOnPlates(envs.PutOnPlate):
 
     @staticmethod
     def _parked(i: int) -> sapien.Pose:
-        return sapien.Pose([4.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # out of every camera's sight, asleep
+        return sapien.Pose([4.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # out of every camera's sight
 
     def _load_lighting(self, options):
         self.lights_now = [e.light for e in options["episodes"]] if "episodes" in options else [0] * self.num_envs
@@ -60,6 +60,13 @@ class PutOnPlates(envs.PutOnPlate):
         self.photos = None if photos is None else torch.from_numpy(photos).to(self.device)
         self.links = self.agent.robot.get_links()
         self.fingers = [self.agent.finger1_link, self.agent.finger2_link]
+
+    def _clear(self):
+        """Before the scenes are built anew, and at the end: whatever holds the old ones would keep them on the GPU."""
+        for name in ("objects", "plate", "table_tops", "camera_mount", "links", "fingers", "contact_query",
+                     "_sensor_configs", "segmentation_id_map"):  # fmt: skip
+            self.__dict__.pop(name, None)
+        super()._clear()
 
     # ------------------------------------------------------------ episode
     def _initialize_episode(self, env_idx, options):

@@ -1,5 +1,6 @@
 """envs_cuda.py where no GPU is: one scene on a CPU against envs.py, and N scenes of pretended bodies."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +67,13 @@ def test_one_scene_plays_as_envs_py():
         vec.reset([4], "camera+20")
         theirs = vec.map(views.render_backgrounds, ([2, 17],))[0]
         assert same_picture(theirs, views.render_backgrounds([env], [2, 17]))
+
+        # Of old scenes nothing stays in memory
+        old = weakref.ref(vec.env.scene)
+        vec.reset([4], exact=True)
+        assert old() is None
+        old = weakref.ref(vec.env.scene)
+    assert old() is None
 
 
 class Body:
@@ -160,5 +168,10 @@ def test_which_simulator(monkeypatch, tmp_path, capsys):
     library = tmp_path / f".sapien/physx/{sapien.physx.version()}/libPhysXGpu_64.so"
     library.parent.mkdir(parents=True)
     library.touch()
+    monkeypatch.setattr(envs, "render_backend", lambda: "cpu")
+    with pytest.raises(envs.Fault, match="--sim cuda: SAPIEN cannot draw on this GPU"):
+        envs.choose_sim("cuda")
+    assert envs.choose_sim("auto") == "cpu" and "cannot draw" in capsys.readouterr().err
+    monkeypatch.setattr(envs, "render_backend", lambda: "gpu")
     assert envs.choose_sim("auto") == envs.choose_sim("cuda") == "cuda"
     assert capsys.readouterr().err == ""
