@@ -45,7 +45,7 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 # What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's, for pi0.5 RLinf's (lost in our text
-# of the paper). The tiny presets are ours: README, "What it shows so far"; pi05-tiny's inv_coef and sen_coef are guesses.
+# of the paper). The tiny presets are ours: README, "What it shows so far".
 TABLE_3 = {
     "openvla": dict(
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
@@ -65,8 +65,8 @@ TABLE_3 = {
         max_grad_norm=1.0, horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
     "pi05-tiny": dict(
-        assets="builtin", iterations=30, num_envs=64, num_steps=80, batch_size=256, update_epochs=2, learning_rate=4e-5,
-        value_learning_rate=2e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
+        assets="builtin", iterations=20, num_envs=64, num_steps=80, batch_size=256, update_epochs=2, learning_rate=4e-5,
+        value_learning_rate=2e-3, inv_coef=8.0, sen_coef=1.0, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
     ),
