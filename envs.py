@@ -725,7 +725,7 @@ def choose_sim(sim: str) -> str:
     else:
         return "cuda"
     if sim == "cuda":
-        raise Fault(f"--sim cuda: {lacks}")
+        raise Fault(f"--sim cuda: {lacks}; --sim cpu needs no GPU")
     if torch.cuda.is_available():
         print(f"physics on the CPU, pictures on the {render_backend().upper()}: {lacks}", file=sys.stderr)
     return "cpu"

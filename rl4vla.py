@@ -276,8 +276,8 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
     close, side = np.stack([np.cos(yaws), np.sin(yaws)], 1), np.stack([-np.sin(yaws), np.cos(yaws)], 1)  # (24, 2)
     u, v = (slab @ close.T).T[:, None], (slab @ side.T).T[:, None]  # (24, 1, points)
     turn = (yaws - now + np.pi / 2) % np.pi - np.pi / 2
-    halves = np.stack([np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)])  # left and right of the finger
-    lows, highs = np.where(halves, u, 9).min(-1), np.where(halves, u, -9).max(-1)  # (2, 24, 9)
+    halves = np.stack([np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)])  # of a finger's width
+    lows, highs = np.where(halves, u, 9).min(-1), np.where(halves, u, -9).max(-1)  # (2, 24, 9), metres; +-9 is nowhere
     low, high = lows.min(0), highs.max(0)
     slope = np.abs(lows[0] - lows[1]) + np.abs(highs[0] - highs[1])  # of faces not parallel the object is squeezed out
     center, width = (low + high) / 2, high - low

@@ -151,6 +151,16 @@ def test_forces_belong_to_the_target_of_their_scene(three):
             assert torch.allclose(forces[n, j], torch.arange(3.0) + 3 * (3 * n + j))  # impulses / 0.01 s
 
 
+def test_every_robot_gets_its_look(monkeypatch):
+    looks, pack = [], envs.PACKS["rl4vla"]
+    monkeypatch.setattr(envs.sapien_utils, "set_articulation_render_material",
+                        lambda robot, **look: looks.append((robot, look)))  # fmt: skip
+    env = SimpleNamespace(agent=SimpleNamespace(robot=SimpleNamespace(_objs=[7, 8, 9])), pack=pack)
+    monkeypatch.setattr(envs, "super", lambda: SimpleNamespace(_load_agent=lambda *_: None), raising=False)
+    envs.PutOnPlate._load_agent(env, {})
+    assert looks == [(robot, pack.robot_look) for robot in (7, 8, 9)] and pack.robot_look
+
+
 def test_which_simulator(monkeypatch, tmp_path, capsys):
     assert envs.choose_sim("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
