@@ -113,13 +113,13 @@ def _yaw(pose: sapien.Pose) -> float:
     return float(np.arctan2(x_axis[1], x_axis[0]))
 
 
-def collect(environments, split: str, episode_ids, noise: float, seed: int):
+def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
     """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
 
     rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table, 1-25 object, 26 plate,
     27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of plate and tcp, objects (k,) indices,
     object_xyz (T, k, 3) metres (target first), success bool. With `noise` the arm is disturbed (in units of the largest
-    step) and the label stays the oracle's, so the data shows how to recover.
+    step) in a fraction `rate` of the steps and the label stays the oracle's, so the data shows how to recover.
     """
     env, episodes = environments[0], []
     for episode_id in episode_ids:
@@ -144,7 +144,7 @@ def collect(environments, split: str, episode_ids, noise: float, seed: int):
             if after > 3:
                 break
             disturbed = action.copy()
-            if noise and rng.random() < 0.5:
+            if noise and rng.random() < rate:
                 disturbed[:3] += rng.normal(0, noise * STEP, 3)
                 disturbed[5] += rng.normal(0, noise * TURN)
             env.step(disturbed)
@@ -289,13 +289,13 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     return policy, report
 
 
-def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], noise: float, seed: int) -> list[dict]:
-    """`collect` spread over the workers, with a progress bar."""
+def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], *how) -> list[dict]:
+    """`collect` spread over the workers, with a progress bar. how: its last arguments."""
     episodes, bar = [], tqdm(total=len(ids), desc=f"episodes ({split})")
     for start in range(0, len(ids), 16 * vec.num_workers):
         part = ids[start : start + 16 * vec.num_workers]
         shares = [part[i :: vec.num_workers] for i in range(vec.num_workers)]
-        for done in vec.map(collect, *[(split, share, noise, seed) for share in shares]):
+        for done in vec.map(collect, *[(split, share, *how) for share in shares]):
             episodes += done
         bar.update(len(part))
         bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
@@ -335,11 +335,12 @@ def main(args: Args):
     untrained = policies.load_policy(args.backbone)
     with envs.make_envs(2, image_size=untrained.image_size) as vec:
         # Episode ids: disjoint ranges, all below those of RL training (seed 1 starts at 1,000,000) and of evaluation.
-        scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, args.seed)
-        half = args.demos // 2
-        demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), 0.25, args.seed)
-        demos += collect_parallel(vec, "train", list(range(400_000, 400_000 + args.demos - half)), 0.25, args.seed)
-        held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), 0.25, args.seed)
+        scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, 0.5, args.seed)
+        # A chunk's later labels answer disturbances that its frame does not show, so a policy that acts in chunks gets fewer.
+        half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
+        demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), *how)
+        demos += collect_parallel(vec, "train", list(range(400_000, 400_000 + args.demos - half)), *how)
+        held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out)))
     print(json.dumps(report))

@@ -121,7 +121,7 @@ def demonstrations(assets: str, size: int):
 
     def step():
         episode[0] += 1
-        return int(sft.collect([env], "train", [episode[0]], 0.0, 0)[0]["success"])
+        return int(sft.collect([env], "train", [episode[0]], 0.0, 0.0, 0)[0]["success"])
 
     return step
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ NAMES = [name for name, _, _ in builtin.OBJECTS]
 
 @pytest.fixture(scope="module")
 def episodes(env):
-    return sft.collect([env], "train", [400_000, 400_001], 0.0, 0) + sft.collect([env], "busy", [0], 0.0, 0)
+    return sft.collect([env], "train", [400_000, 400_001], 0.0, 0.0, 0) + sft.collect([env], "busy", [0], 0.0, 0.0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,28 @@ def test_without_that_turn_the_oracle_fails(env, start, monkeypatch):
     assert solved() and env.instruction == "put green bar on plate"
     monkeypatch.setattr(sft, "grasp_turn", lambda env: 0.0)
     assert not solved()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(env, monkeypatch, rate):
+    moves, step = [], env.step
+    monkeypatch.setattr(env, "step", lambda action: (moves.append(action), step(action))[1])
+    labels = sft.collect([env], "bare", [200_000, 200_001], 0.25, rate, 0)
+    labels = np.concatenate([e["action"][: len(e["action"]) - e["success"]] for e in labels])  # no step after the last frame
+    moved = (labels != np.array(moves)).any(1).mean()
+    assert moved == rate if rate in (0, 1) else 0.1 < moved < 0.6
+    assert (np.abs(labels[:, :3]) <= sft.STEP + 1e-6).all()
+
+
+@pytest.mark.parametrize(("backbone", "rate"), [("openvla-tiny", 1 / 2), ("pi05-tiny", 1 / 8)])
+def test_a_policy_that_acts_in_chunks_sees_fewer_disturbances(monkeypatch, tmp_path, backbone, rate):
+    asked = {}
+    monkeypatch.setattr(envs, "make_envs", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sft, "collect_parallel", lambda _, split, ids, *how: asked.setdefault((split, ids[0]), how) and [])
+    monkeypatch.delattr(sft, "flatten")  # it ends there
+    with pytest.raises(NameError):
+        sft.main(sft.Args(backbone=backbone, out=str(tmp_path / "out")))
+    assert asked.pop(("busy", 0)) == (0.5, 0.5, 0) and set(asked.values()) == {(0.25, rate, 0)} and len(asked) == 3
 
 
 def test_chunks_are_the_actions_that_follow(episodes, frames):
