@@ -2,8 +2,8 @@
 
 The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is then asked about those very
 frames, actions and views, so that the rows differ by the weights alone. Mean KL in nats (over a decision's dimensions and
-over frames) and its change against the first checkpoint: of the mean, which a few frames make up (of pi05-tiny's, 2 % are a
-third of it), and of a typical frame (the geometric mean), in %; both with 95 % intervals by a bootstrap over episodes:
+over frames) and its change against the first checkpoint: of the mean, in which a few frames weigh much,
+and of a typical frame (the geometric mean), in %; both with 95 % intervals by a bootstrap over episodes:
 
 held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv should lower
 moved target     o against the target drawn elsewhere: what L_sen should keep up
