@@ -118,8 +118,8 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
 
     rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table, 1-25 object, 26 plate,
     27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of plate and tcp, objects (k,) indices,
-    object_xyz (T, k, 3) metres (target first), success bool. With `noise` the arm is disturbed (in units of the largest
-    step) in a fraction `rate` of the steps and the label stays the oracle's, so the data shows how to recover.
+    object_xyz (T, k, 3) metres (target first), success bool. The arm is disturbed by `noise` (a std in units of the largest
+    step) in a fraction `rate` of the steps, and the label stays the oracle's, so the data shows how to recover.
     """
     env, episodes = environments[0], []
     for episode_id in episode_ids:
@@ -144,7 +144,7 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
             if after > 3:
                 break
             disturbed = action.copy()
-            if noise and rng.random() < rate:
+            if rng.random() < rate:
                 disturbed[:3] += rng.normal(0, noise * STEP, 3)
                 disturbed[5] += rng.normal(0, noise * TURN)
             env.step(disturbed)
