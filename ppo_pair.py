@@ -51,24 +51,25 @@ TABLE_3 = {
         assets="rl4vla", iterations=240, num_envs=128, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=3e-3, inv_coef=1.0, sen_coef=0.2, sen_clip=0.8, pair_fraction=1.0, critic_warmup=0, target_kl=0.0,
         anneal_lr=False, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=128,
-        max_grad_norm=10.0,
+        max_grad_norm=10.0, detach_sen=False,
     ),
     "openvla-tiny": dict(
         assets="builtin", iterations=16, num_envs=64, num_steps=80, batch_size=640, update_epochs=1, learning_rate=1e-4,
         value_learning_rate=2e-3, inv_coef=2.5, sen_coef=0.12, sen_clip=0.8, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=160, max_grad_norm=10.0,
+        detach_sen=False,
     ),
     "pi05": dict(
         assets="rl4vla", iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, learning_rate=7.91e-6,
         value_learning_rate=1.55e-4, inv_coef=4.0, sen_coef=4.0, sen_clip=0.08, pair_fraction=1.0, critic_warmup=0,
         target_kl=0.0, anneal_lr=False, detach_value=False, lora_rank=32, gradient_checkpointing=True, device_batch_size=160,
-        max_grad_norm=1.0, horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
+        max_grad_norm=1.0, horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one", detach_sen=False,
     ),
     "pi05-tiny": dict(
         assets="builtin", iterations=20, num_envs=64, num_steps=80, batch_size=256, update_epochs=2, learning_rate=4e-5,
-        value_learning_rate=2e-3, inv_coef=8.0, sen_coef=1.0, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3, target_kl=0.04,
+        value_learning_rate=2e-3, inv_coef=15.0, sen_coef=10.0, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
-        horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one",
+        horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one", detach_sen=True, target_kl=0.04,
     ),
 }  # fmt: skip
 TABLE_3["pi0"] = TABLE_3["pi05"] | dict(update_epochs=4, detach_value=True)  # RLinf's differences; not in the paper
@@ -177,6 +178,8 @@ class Args:
     """lambda_sen of Eq. (4) (Table 3)"""
     sen_clip: float | None = None
     """eps_sen of Eq. (3) (Table 3)"""
+    detach_sen: bool | None = None
+    """if toggled, Eq. (3) teaches what to do at o_alt alone, and what to do at o stays PPO's (OPEN: the paper does not say)"""
     pair_fraction: float | None = None
     """share of the decisions, drawn anew in every epoch, over which Eq. (2) and (3) are averaged (the paper: all of them)"""
 
@@ -332,8 +335,9 @@ def pair_kls(args, policy, dist, obs, instructions, latent, backgrounds):
         # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
         kls["inv_kl"] = policy.kl(dist, pre.dist)
     if args.sen_coef:
-        # Eq. (3)  L_sen = -E[ min( KL( pi(.|o,l) || pi(.|o_alt,l) ), eps_sen ) ]   OPEN: gradient on both sides
-        kls["sen_kl"] = kl_to_altered(policy, dist, obs, instructions, latent, args.sen_clip)
+        # Eq. (3)  L_sen = -E[ min( KL( pi(.|o,l) || pi(.|o_alt,l) ), eps_sen ) ]   OPEN: gradient on both sides?
+        here = dist.detach() if args.detach_sen else dist
+        kls["sen_kl"] = kl_to_altered(policy, here, obs, instructions, latent, args.sen_clip)
     return kls
 
 

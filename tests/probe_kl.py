@@ -42,20 +42,23 @@ class Args:
 @torch.no_grad()
 def main(args: Args):
     first = policies.load_policy(args.backbone, args.checkpoints[0])
-    frames = []  # (obs, instructions, latent) of each instant
-    with envs.make_envs(args.episodes, image_size=first.image_size, alter=views.task_altering) as vec:
-        torch.manual_seed(0)
-        obs, done = vec.reset(evaluate.eval_episode_ids(args.episodes), "train"), torch.tensor([False])
-        instructions = list(vec.instructions)
-        shares = [(HELD_OUT_TABLES,)] + [([],)] * (vec.num_workers - 1)
-        tables = torch.from_numpy(vec.map(views.render_backgrounds, *shares)[0])
-        while not done.all():
-            decision = first.act(obs, instructions)
-            generator = torch.Generator().manual_seed(len(frames))
-            rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
-            frames.append(({k: v.clone() for k, v in obs.items()}, rgb_pre, decision.latent))
-            obs, _, done, _ = vec.step(decision.actions)
-    print(f"{args.episodes} episodes, {args.episodes * len(frames)} frames\n")
+    rounds = []  # of episodes, as many at once as one process can hold scenes: of each its (obs, instructions, rgb_pre, latent)
+    ids = evaluate.eval_episode_ids(args.episodes)
+    torch.manual_seed(0)
+    for start in range(0, args.episodes, 256):
+        frames = []
+        with envs.make_envs(len(ids[start : start + 256]), image_size=first.image_size, alter=views.task_altering) as vec:
+            obs, done = vec.reset(ids[start : start + 256], "train"), torch.tensor([False])
+            shares = [(HELD_OUT_TABLES,)] + [([],)] * (vec.num_workers - 1)
+            tables = torch.from_numpy(vec.map(views.render_backgrounds, *shares)[0])
+            while not done.all():
+                decision = first.act(obs, vec.instructions)
+                generator = torch.Generator().manual_seed(len(frames))
+                rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
+                frames.append(({k: v.clone() for k, v in obs.items()}, list(vec.instructions), rgb_pre, decision.latent))
+                obs, _, done, _ = vec.step(decision.actions)
+        rounds.append(frames)
+    print(f"{args.episodes} episodes, {args.episodes * len(rounds[0])} frames\n")
     print(
         "| checkpoint |" + "".join(f" {view} | change | typical |" for view in ("held-out tables", "moved target", "unrelated"))
     )
@@ -68,11 +71,14 @@ def main(args: Args):
 
     for directory in args.checkpoints:
         policy, kls = policies.load_policy(args.backbone, directory), []
-        for obs, rgb_pre, latent in frames:
-            dist = policy.evaluate(obs, instructions, latent).dist
-            others = (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))
-            kls.append([policy.kl(dist, policy.evaluate({**obs, "rgb": rgb}, instructions, latent).dist) for rgb in others])
-        kls = torch.stack([torch.stack(k) for k in kls], 1).numpy()  # (3, T, N)
+        for frames in rounds:
+            of_round = []
+            for obs, instructions, rgb_pre, latent in frames:
+                dist = policy.evaluate(obs, instructions, latent).dist
+                others = [{**obs, "rgb": rgb} for rgb in (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))]
+                of_round.append(torch.stack([policy.kl(dist, policy.evaluate(o, instructions, latent).dist) for o in others]))
+            kls.append(torch.stack(of_round, 1))
+        kls = torch.cat(kls, 2).numpy()  # (3, T, N)
         reference = kls if reference is None else reference
         cells = []
         for kl, was in zip(kls, reference):

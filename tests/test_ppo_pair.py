@@ -141,9 +141,12 @@ def test_the_rollout_does_not_depend_on_the_device_batch():
     torch.testing.assert_close(parts.actions[:, 0].double(), policy.env_action(parts.latent), atol=1e-6, rtol=0)
 
 
-def test_the_pair_losses_of_a_part_of_the_decisions(float64):
-    """--pair-fraction: the mean over those drawn, in expectation that over all, and no view of another is forwarded."""
+@pytest.mark.parametrize("detach_sen", [False, True])
+def test_the_pair_losses_of_a_part_of_the_decisions(detach_sen, float64):
+    """--pair-fraction: the mean over those drawn, in expectation that over all, and no view of another is forwarded.
+    --detach-sen: no gradient of Eq. (3) at o."""
     args = toy_args(inv_coef=0.5, sen_coef=0.2, sen_clip=1e9, pair_fraction=0.25, batch_size=128, update_epochs=1)
+    args.detach_sen = detach_sen
     start = toy_policy_with_seed()
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
     batch, tables, rows = toy_rollout(args, start), gray(1), []
@@ -159,7 +162,8 @@ def test_the_pair_losses_of_a_part_of_the_decisions(float64):
         return plain.evaluate({"rgb": rgb}, [batch["instructions"][i] for i in inds], latent)
 
     o, o_pre, o_alt = at(obs["rgb"]), at(views.task_preserving(obs["rgb"], obs["mask"], tables)), at(obs["rgb_alt"])
-    inv_kl, sen_kl = plain.kl(o.dist, o_pre.dist.detach())[paired], plain.kl(o.dist, o_alt.dist)[paired]
+    here = o.dist.detach() if detach_sen else o.dist
+    inv_kl, sen_kl = plain.kl(o.dist, o_pre.dist.detach())[paired], plain.kl(here, o_alt.dist)[paired]
     loss = ppo_pair.ppo_loss(o.logprob, batch["logprobs"][inds], batch["advantages"][inds], args.clip_coef)[0]
     loss = loss + ppo_pair.value_loss(o.value, batch["values"][inds], batch["returns"][inds], args.value_clip)
     optimizer = sgd(plain, 1e-3)
