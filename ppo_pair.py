@@ -67,7 +67,7 @@ TABLE_3 = {
     ),
     "pi05-tiny": dict(
         assets="builtin", iterations=20, num_envs=64, num_steps=80, batch_size=256, update_epochs=2, learning_rate=4e-5,
-        value_learning_rate=2e-3, inv_coef=15.0, sen_coef=10.0, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3,
+        value_learning_rate=2e-3, inv_coef=15.0, sen_coef=6.0, sen_clip=0.08, pair_fraction=0.5, critic_warmup=3,
         anneal_lr=True, detach_value=True, lora_rank=0, gradient_checkpointing=False, device_batch_size=256, max_grad_norm=10.0,
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one", detach_sen=True, target_kl=0.04,
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 import ppo_pair
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "results/README.md")
 FILES = ["ppo_pair.py", "views.py", "policies.py", "envs.py", "evaluate.py", "sft.py"]
 
 
@@ -38,14 +39,14 @@ def test_every_equation_appears_once_and_the_readme_points_at_it():
 
 
 def test_files_are_plain_ascii():
-    for path in (ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")):
+    for path in (*PAGES, *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")):
         assert path.read_text().isascii(), path
 
 
-def test_every_flag_in_the_readme_exists():
+def test_every_flag_in_the_readmes_exists():
     """As a field of some command line of ours, under that very name: --no-x is one only where tyro makes it."""
     torchrun_and_tensorboard = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "logdir"}
     code = "\n".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")))
     fields = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", code, re.MULTILINE)}
-    flags = set(re.findall(r"--([a-z][a-z0-9-]*[a-z0-9])", (ROOT / "README.md").read_text()))
+    flags = set(re.findall(r"--([a-z][a-z0-9-]*[a-z0-9])", "\n".join(path.read_text() for path in PAGES)))
     assert flags - fields - torchrun_and_tensorboard == set()
