@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import sapien
 from mani_skill import PACKAGE_ASSET_DIR
-from mani_skill.agents.controllers import PDEEPoseController, PDEEPoseControllerConfig, PDJointPosMimicControllerConfig
+from mani_skill.agents.controllers import (
+    PDEEPoseController,
+    PDEEPoseControllerConfig,
+    PDJointPosMimicControllerConfig,
+)
 from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
 from mani_skill.utils.structs import Pose
@@ -28,7 +32,9 @@ COLORS = dict(
     brown=(0.45, 0.25, 0.1), white=(0.93, 0.93, 0.93), black=(0.08, 0.08, 0.08), gray=(0.5, 0.5, 0.5),
     lime=(0.6, 0.9, 0.2), navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
 )  # fmt: skip
-UPRIGHT = euler2quat(0, -np.pi / 2, 0)  # SAPIEN's cylinders and capsules lie along x; this stands them up
+UPRIGHT = euler2quat(
+    0, -np.pi / 2, 0
+)  # SAPIEN's cylinders and capsules lie along x; this stands them up
 
 
 def _box(color, x, y, z, at=(0, 0, 0)):
@@ -48,7 +54,14 @@ def _rod(color, radius, length, at=(0, 0, 0)):
 
 
 def _pill(color, radius, length, at=(0, 0, 0)):
-    return "capsule", color, (radius, length / 2), at, (1, 0, 0, 0), (length / 2 + radius, radius, radius)
+    return (
+        "capsule",
+        color,
+        (radius, length / 2),
+        at,
+        (1, 0, 0, 0),
+        (length / 2 + radius, radius, radius),
+    )
 
 
 # name, symmetry, parts. Symmetry is how the fingers may close on it: "round" from any side, "square" along x or y,
@@ -92,7 +105,11 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size] / size
     hue, freq = (index * 0.381966) % 1.0, rng.integers(10, 20)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.9)))
-    second = np.array(colorsys.hsv_to_rgb((hue + rng.uniform(0.08, 0.38)) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.35, 0.85)))
+    second = np.array(
+        colorsys.hsv_to_rgb(
+            (hue + rng.uniform(0.08, 0.38)) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.35, 0.85)
+        )
+    )
     pattern = index % 7
     if pattern == 0:  # wood grain
         t = 0.5 + 0.5 * np.sin(2 * np.pi * freq * (x + 0.03 * np.sin(6 * np.pi * y)))
@@ -105,7 +122,9 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     elif pattern == 4:  # marble
         waves = []
         for o in range(4):
-            phase = 2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(0, 6)
+            phase = 2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(
+                0, 6
+            )
             waves.append(np.abs(np.sin(phase)) / 2**o)
         t = sum(waves) / np.max(sum(waves))
     elif pattern == 5:  # dots
@@ -113,10 +132,15 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     else:  # speckle
         t = np.clip(0.5 + 0.25 * rng.standard_normal((size, size)), 0, 1)
     t = np.asarray(t, float)[..., None]
-    return np.uint8(255 * np.clip(first * (1 - t) + second * t + 0.02 * rng.standard_normal((size, size, 1)), 0, 1))
+    return np.uint8(
+        255
+        * np.clip(first * (1 - t) + second * t + 0.02 * rng.standard_normal((size, size, 1)), 0, 1)
+    )
 
 
-URDF_FOLDER = tempfile.TemporaryDirectory(prefix="pair_vla_")  # one per process: a worker must not read half a file
+URDF_FOLDER = tempfile.TemporaryDirectory(
+    prefix="pair_vla_"
+)  # one per process: a worker must not read half a file
 
 
 def light_panda_urdf() -> str:
@@ -128,7 +152,12 @@ def light_panda_urdf() -> str:
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
     tree = ElementTree.parse(source)
     for link in tree.getroot().findall("link"):
-        dark = link.get("name") in ("panda_link7", "panda_hand", "panda_leftfinger", "panda_rightfinger")
+        dark = link.get("name") in (
+            "panda_link7",
+            "panda_hand",
+            "panda_leftfinger",
+            "panda_rightfinger",
+        )
         for shape in (*link.findall("visual"), *link.findall("collision")):
             mesh = shape.find("geometry/mesh")
             if mesh is None:
@@ -138,8 +167,12 @@ def light_panda_urdf() -> str:
                 name = name.replace("/visual/", "/collision/").replace(".glb", ".stl")
                 for old in shape.findall("material"):
                     shape.remove(old)
-                material = ElementTree.SubElement(shape, "material", name="dark" if dark else "light")
-                ElementTree.SubElement(material, "color", rgba=".25 .25 .27 1" if dark else ".9 .9 .88 1")
+                material = ElementTree.SubElement(
+                    shape, "material", name="dark" if dark else "light"
+                )
+                ElementTree.SubElement(
+                    material, "color", rgba=".25 .25 .27 1" if dark else ".9 .9 .88 1"
+                )
             mesh.set("filename", str(source.parent / name))
     tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
     shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
@@ -166,7 +199,10 @@ class BuiltinPack:
     floor = [0.35, 0.36, 0.38, 1]
 
     def __init__(self):
-        self.sizes, self.offsets = [], []  # metres; offset puts the middle of the bounding box at the object's origin
+        self.sizes, self.offsets = (
+            [],
+            [],
+        )  # metres; offset puts the middle of the bounding box at the object's origin
         for _, _, parts in OBJECTS:
             low = np.min([np.subtract(at, half) for _, _, _, at, _, half in parts], 0)
             high = np.max([np.add(at, half) for _, _, _, at, _, half in parts], 0)
@@ -195,7 +231,9 @@ class BuiltinPack:
     def build_object(self, i, builder, material):
         for kind, color, dims, at, rotation, _ in OBJECTS[i][2]:
             pose = sapien.Pose(np.array(at) + self.offsets[i], rotation)
-            look = RenderMaterial(base_color=[*(c**2.2 for c in COLORS[color]), 1], roughness=0.6, specular=0.3)
+            look = RenderMaterial(
+                base_color=[*(c**2.2 for c in COLORS[color]), 1], roughness=0.6, specular=0.3
+            )
             args = (dims,) if kind == "box" else dims  # a box takes its half sizes as one argument
             add_collision, add_visual = {
                 "box": (builder.add_box_collision, builder.add_box_visual),
@@ -207,12 +245,19 @@ class BuiltinPack:
             add_visual(pose, *args, material=look)
 
     def build_plate(self, builder, material):
-        for radius, z, shade in ((0.042, -0.003, (0.85, 0.85, 0.88)), (0.055, 0.003, (0.95, 0.95, 0.98))):
+        for radius, z, shade in (
+            (0.042, -0.003, (0.85, 0.85, 0.88)),
+            (0.055, 0.003, (0.95, 0.95, 0.98)),
+        ):
             pose = sapien.Pose([0, 0, z], UPRIGHT)
             builder.add_cylinder_collision(pose, radius, 0.003, material=material, density=1000)
-            builder.add_cylinder_visual(pose, radius, 0.003, material=RenderMaterial(base_color=[*shade, 1], roughness=0.5))
+            builder.add_cylinder_visual(
+                pose, radius, 0.003, material=RenderMaterial(base_color=[*shade, 1], roughness=0.5)
+            )
         look = RenderMaterial(base_color=[0.55, 0.62, 0.75, 1], roughness=0.5)
-        builder.add_cylinder_visual(sapien.Pose([0, 0, 0.0055], UPRIGHT), 0.038, 0.001, material=look)
+        builder.add_cylinder_visual(
+            sapien.Pose([0, 0, 0.0055], UPRIGHT), 0.038, 0.001, material=look
+        )
 
     @cached_property
     def table_materials(self) -> list[RenderMaterial]:
@@ -220,7 +265,9 @@ class BuiltinPack:
         materials = [RenderMaterial(roughness=0.9, specular=0.05) for _ in range(21)]
         for i, material in enumerate(materials):
             rgba = np.dstack([table_texture(i), np.full((256, 256), 255, np.uint8)])
-            material.base_color_texture = RenderTexture2D(rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True)
+            material.base_color_texture = RenderTexture2D(
+                rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True
+            )
         return materials
 
     def photos(self, size: int):
@@ -237,7 +284,9 @@ class EEPoseController(PDEEPoseController):
 
     def compute_target_pose(self, prev_ee_pose_at_base, action):
         before, (x, y, z, *turn) = prev_ee_pose_at_base.sp, action[0].tolist()
-        return Pose.create(sapien.Pose(before.p + [x, y, z], (sapien.Pose(q=euler2quat(*turn, "rxyz")) * before).q))
+        return Pose.create(
+            sapien.Pose(before.p + [x, y, z], (sapien.Pose(q=euler2quat(*turn, "rxyz")) * before).q)
+        )
 
     def set_drive_targets(self, targets):
         for joint, target in zip(self.joints, targets[0].tolist()):

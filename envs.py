@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("LP_NUM_THREADS", "0")  # lavapipe renders in the calling thread: one process per core, no contention
+os.environ.setdefault(
+    "LP_NUM_THREADS", "0"
+)  # lavapipe renders in the calling thread: one process per core, no contention
 
 import importlib
 import json
@@ -132,7 +134,9 @@ def held_out_lights() -> list[Light]:
             ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
             ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
         ):
-            lights.append(Light(ambient, (x, y, z), key, fills, tuple(fill * c / max(key) for c in key)))
+            lights.append(
+                Light(ambient, (x, y, z), key, fills, tuple(fill * c / max(key) for c in key))
+            )
     return lights
 
 
@@ -149,8 +153,13 @@ def _lattice(low: int, high: int) -> np.ndarray:
 
 
 GRID = _lattice(0, 6)  # 36 training positions
-RING = _lattice(-1, 7)[(np.abs(_lattice(-1, 7) - CENTER) > 0.1).any(1)]  # 28 points on the border at 10.5 cm
-WIDE, FARTHER = _lattice(-4, 10), _lattice(-8, 10)  # where clutter goes when the training square is full, or all of that
+RING = _lattice(-1, 7)[
+    (np.abs(_lattice(-1, 7) - CENTER) > 0.1).any(1)
+]  # 28 points on the border at 10.5 cm
+WIDE, FARTHER = (
+    _lattice(-4, 10),
+    _lattice(-8, 10),
+)  # where clutter goes when the training square is full, or all of that
 TRAIN_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])
 HELD_OUT_YAWS = -np.deg2rad([22.5, 67.5, 112.5, 157.5])
 
@@ -171,7 +180,9 @@ class Episode:
     camera_deg: float
 
 
-def sample_episode(episode_id: int, split: str | Split, pack: builtin.BuiltinPack | rl4vla.Rl4vlaPack) -> Episode:
+def sample_episode(
+    episode_id: int, split: str | Split, pack: builtin.BuiltinPack | rl4vla.Rl4vlaPack
+) -> Episode:
     """Episode number `episode_id` (0 <= id < 2**63) of `split`.
 
     Each factor has a random stream of its own, so episode i has the same target, plate, table draw and light draw in
@@ -183,23 +194,33 @@ def sample_episode(episode_id: int, split: str | Split, pack: builtin.BuiltinPac
     train_others = stream[1].permutation([i for i in range(16) if i != target])
     held_out = stream[2].permutation(np.arange(16, 25))
     n_held_out = s.distractors // 2 if s.held_out_objects else 0
-    distractors = [int(i) for i in (*train_others[: s.distractors - n_held_out], *held_out[:n_held_out])]
-    first = int(train_others[0])  # its place is drawn even where it is left out, so that target and plate stay the same
+    distractors = [
+        int(i) for i in (*train_others[: s.distractors - n_held_out], *held_out[:n_held_out])
+    ]
+    first = int(
+        train_others[0]
+    )  # its place is drawn even where it is left out, so that target and plate stay the same
 
     # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
     def far(a, b, gap):
-        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap + 1e-6  # 15 cm apart to the last bit is too near
+        return (
+            np.linalg.norm(a[:, None] - b[None], axis=-1) > gap + 1e-6
+        )  # 15 cm apart to the last bit is too near
 
     targets = RING if s.held_out_poses else GRID
     target_plate = far(targets, GRID, pack.plate_gap(target))
     distractor_plate = far(GRID, GRID, pack.plate_gap(first))
-    triples = np.argwhere(target_plate[:, :, None] & distractor_plate.T[None] & far(targets, GRID, 0.15)[:, None, :])
+    triples = np.argwhere(
+        target_plate[:, :, None] & distractor_plate.T[None] & far(targets, GRID, 0.15)[:, None, :]
+    )
     t, p, d = triples[stream[3].integers(len(triples))]
     yaw = int(stream[4].integers(4))
 
     placed, yaws = [GRID[d]], [TRAIN_YAWS[yaw]]  # RL4VLA: the distractor shares the target's yaw
     radii = [pack.radius(target), pack.plate_radius, pack.radius(first)]
-    for i in distractors[1:]:  # first free point of the training grid, then of its border, then of a wider patch
+    for i in distractors[
+        1:
+    ]:  # first free point of the training grid, then of its border, then of a wider patch
         points = np.concatenate([stream[5].permutation(points) for points in (GRID, RING, WIDE)])
         points = np.concatenate([points, FARTHER])
         gaps = np.linalg.norm(points[:, None] - np.array([targets[t], GRID[p], *placed]), axis=-1)
@@ -233,7 +254,9 @@ def find_pack(assets: str):
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
     fault = PACKS[assets].fault()
     if fault:
-        raise Fault(f"assets of the pack {assets}: {fault}: `python envs.py --download` fetches them")
+        raise Fault(
+            f"assets of the pack {assets}: {fault}: `python envs.py --download` fetches them"
+        )
     return PACKS[assets]
 
 
@@ -257,10 +280,14 @@ class PutOnPlate(BaseEnv):
 
     @property
     def _default_sim_config(self):
-        return SimConfig(sim_freq=self.pack.sim_freq, control_freq=self.pack.control_freq, spacing=20)
+        return SimConfig(
+            sim_freq=self.pack.sim_freq, control_freq=self.pack.control_freq, spacing=20
+        )
 
     @property
-    def _default_sensor_configs(self):  # the camera sits on a body, so that turning it is setting a pose
+    def _default_sensor_configs(
+        self,
+    ):  # the camera sits on a body, so that turning it is setting a pose
         return [
             CameraConfig("camera", sapien.Pose(), self.image_size, self.image_size, near=0.01, far=10,
                          mount=self.camera_mount, shader_pack="minimal", **self.pack.lens(self.image_size))
@@ -306,23 +333,40 @@ class PutOnPlate(BaseEnv):
             builder.initial_pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
             self.table_tops.append(builder.build_kinematic(f"table_top_{i}"))
         static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
-        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], self.pack.floor and RenderMaterial(base_color=self.pack.floor))
+        static_box(
+            "floor",
+            [6, 6, 0.05],
+            [0, 0, -0.05],
+            self.pack.floor and RenderMaterial(base_color=self.pack.floor),
+        )
 
     @staticmethod
     def _parked(i: int) -> sapien.Pose:
-        return sapien.Pose([2.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # on the floor, out of sight, asleep
+        return sapien.Pose(
+            [2.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06]
+        )  # on the floor, out of sight, asleep
 
     def _load_lighting(self, options):
         self.scene.set_ambient_light(list(LIGHTS[0].ambient))
         for direction in (LIGHTS[0].key_direction, *LIGHTS[0].fill_directions):
-            self.scene.add_directional_light(list(direction), [1, 1, 1])  # no shadow: it would draw everything twice
+            self.scene.add_directional_light(
+                list(direction), [1, 1, 1]
+            )  # no shadow: it would draw everything twice
 
     def _after_reconfigure(self, options):
         scene = self.scene.sub_scenes[0]
-        self.lights = [c for e in scene.entities for c in e.components if isinstance(c, RenderDirectionalLightComponent)]
+        self.lights = [
+            c
+            for e in scene.entities
+            for c in e.components
+            if isinstance(c, RenderDirectionalLightComponent)
+        ]
         self.camera = self.scene.sensors["camera"].camera._render_cameras[0]
         self.links = [link._objs[0].entity for link in self.agent.robot.get_links()]
-        self.fingers = [self.agent.finger1_link._objs[0].entity, self.agent.finger2_link._objs[0].entity]
+        self.fingers = [
+            self.agent.finger1_link._objs[0].entity,
+            self.agent.finger2_link._objs[0].entity,
+        ]
         self.tcp_entity = self.agent.tcp._objs[0].entity
         self.plate_entity = self.plate._objs[0]
         self.photos = self.pack.photos(self.image_size)
@@ -331,16 +375,22 @@ class PutOnPlate(BaseEnv):
     def set_light(self, light: Light):
         self.scene.sub_scenes[0].render_system.ambient_light = list(light.ambient)
         directions = (light.key_direction, *light.fill_directions)
-        for lamp, direction, color in zip(self.lights, directions, (light.key, light.fill, light.fill), strict=True):
+        for lamp, direction, color in zip(
+            self.lights, directions, (light.key, light.fill, light.fill), strict=True
+        ):
             lamp.color = list(color)
-            lamp.entity.pose = sapien.Pose([0, 0, 0], sapien.math.shortest_rotation([1, 0, 0], list(direction)))
+            lamp.entity.pose = sapien.Pose(
+                [0, 0, 0], sapien.math.shortest_rotation([1, 0, 0], list(direction))
+            )
 
     def camera_pose(self, degrees: float) -> sapien.Pose:
         """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the paper says "rotation"."""
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
         center = np.array([*CENTER, 0])
-        eye, at = (center + turn @ (p - center) for p in (self.pack.camera_eye, self.pack.camera_at))
+        eye, at = (
+            center + turn @ (p - center) for p in (self.pack.camera_eye, self.pack.camera_at)
+        )
         return sapien_utils.look_at(eye, at).sp
 
     def set_camera(self, degrees: float):
@@ -348,14 +398,20 @@ class PutOnPlate(BaseEnv):
 
     def set_table(self, index: int):
         if self.photos is None:
-            for i in range(len(self.table_tops)) if self.table_now is None else (self.table_now, index):
-                self.table_tops[i]._objs[0].find_component_by_type(RenderBodyComponent).visibility = float(i == index)
+            for i in (
+                range(len(self.table_tops)) if self.table_now is None else (self.table_now, index)
+            ):
+                self.table_tops[i]._objs[0].find_component_by_type(
+                    RenderBodyComponent
+                ).visibility = float(i == index)
         self.table_now = index
 
     # ------------------------------------------------------------ episode
     def _initialize_episode(self, env_idx, options):
         if self.num_envs != 1:
-            raise Fault("this environment simulates one scene per environment on a CPU: use make_envs for many")
+            raise Fault(
+                "this environment simulates one scene per environment on a CPU: use make_envs for many"
+            )
         if "episode_ids" in options:
             self.episode_id = int(options["episode_ids"][0])
         else:  # plain gymnasium use: reset(seed=...)
@@ -373,7 +429,9 @@ class PutOnPlate(BaseEnv):
             body = entity.find_component_by_type(PhysxRigidDynamicComponent)
             if i in in_use:
                 xy, yaw = in_use[i]
-                entity.pose = sapien.Pose([*xy, pack.spawn_z(i, i == e.target)], euler2quat(0, 0, yaw))
+                entity.pose = sapien.Pose(
+                    [*xy, pack.spawn_z(i, i == e.target)], euler2quat(0, 0, yaw)
+                )
             elif self.shown is None or i in self.shown:
                 entity.pose = self._parked(i)
             else:
@@ -390,8 +448,14 @@ class PutOnPlate(BaseEnv):
         self.agent.reset(init_qpos=pack.init_qpos)
         for _ in range(int(0.3 * pack.sim_freq)):
             self.scene.step()
-        bodies = [self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent) for i in in_use]
-        if pack.settles_again and max(np.linalg.norm(body.linear_velocity) for body in bodies) > 0.01:
+        bodies = [
+            self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent)
+            for i in in_use
+        ]
+        if (
+            pack.settles_again
+            and max(np.linalg.norm(body.linear_velocity) for body in bodies) > 0.01
+        ):
             for _ in range(pack.sim_freq):
                 self.scene.step()
         self.agent.robot.set_pose(pack.base_pose)
@@ -461,7 +525,10 @@ class PutOnPlate(BaseEnv):
         """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W) int16."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.camera.take_picture()
-        rgb, ids = self.camera.get_picture("Color")[..., :3], self.camera.get_picture("PositionSegmentation")[..., 3]
+        rgb, ids = (
+            self.camera.get_picture("Color")[..., :3],
+            self.camera.get_picture("PositionSegmentation")[..., 3],
+        )
         if self.photos is not None:
             rgb = np.where(ids[..., None] == 0, self.photos[self.table_now], rgb)
         return rgb, ids
@@ -481,7 +548,9 @@ def record(size: int, views) -> np.dtype:
     fields = [("rgb", np.uint8, picture), ("mask", np.bool_, picture[:2]), ("state", np.float32, 8)]
     fields += [(name, np.uint8, picture) for name in views]
     fields += [("reward", np.float32), ("episode_return", np.float32), ("view_seconds", np.float64)]
-    return np.dtype(fields + [(name, np.bool_) for name in ("success", "success_once", "grasped")], align=True)
+    return np.dtype(
+        fields + [(name, np.bool_) for name in ("success", "success_once", "grasped")], align=True
+    )
 
 
 def render_backend() -> str:
@@ -501,7 +570,9 @@ def make_env(assets: str, image_size: int | None = None) -> PutOnPlate:
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
-        raise Fault(f"no Vulkan device to render with ({error}): run `python envs.py --check`, it says what to install")
+        raise Fault(
+            f"no Vulkan device to render with ({error}): run `python envs.py --check`, it says what to install"
+        )
     return env.unwrapped
 
 
@@ -511,7 +582,9 @@ def run_worker(conn_fd: int, memory_fd: int):
     conn = Connection(conn_fd)
     try:
         setup = conn.recv()
-        if render_backend() == "cpu":  # Mesa draws in a thread of its own, which may be slow to wake on another core
+        if (
+            render_backend() == "cpu"
+        ):  # Mesa draws in a thread of its own, which may be slow to wake on another core
             os.sched_setaffinity(0, {setup["core"]})
         views = {name: _resolve(reference) for name, reference in setup["views"].items()}
         arrays = np.frombuffer(mmap.mmap(memory_fd, 0), record(setup["image_size"], views))
@@ -524,7 +597,9 @@ def run_worker(conn_fd: int, memory_fd: int):
             arrays["state"][slot] = env.state()
             start = time.perf_counter()
             for name, view in views.items():
-                draw = [setup["alter_seed"], env.episode_id, env.elapsed] + [1] * (name == "rgb_pre")
+                draw = [setup["alter_seed"], env.episode_id, env.elapsed] + [1] * (
+                    name == "rgb_pre"
+                )
                 arrays[name][slot] = view(env, np.random.default_rng(draw))
             arrays["view_seconds"][slot] += time.perf_counter() - start
 
@@ -534,7 +609,9 @@ def run_worker(conn_fd: int, memory_fd: int):
             if command == "reset":
                 setup["alter_seed"] = argument["alter_seed"]
                 for env, slot in zip(envs, setup["slots"]):
-                    options = dict(episode_ids=[argument["episode_ids"][slot]], split=argument["splits"][slot])
+                    options = dict(
+                        episode_ids=[argument["episode_ids"][slot]], split=argument["splits"][slot]
+                    )
                     env.reset(seed=0, options=dict(options, reconfigure=argument["exact"]))
                     look(env, slot)
                 answer = [env.instruction for env in envs]
@@ -545,8 +622,14 @@ def run_worker(conn_fd: int, memory_fd: int):
                         env.step(action)
                         env.elapsed += 1
                         reward += env.reward()
-                    arrays["reward"][slot], arrays["episode_return"][slot] = reward, env.return_so_far
-                    arrays["success"][slot], arrays["success_once"][slot] = env.success, env.success_once
+                    arrays["reward"][slot], arrays["episode_return"][slot] = (
+                        reward,
+                        env.return_so_far,
+                    )
+                    arrays["success"][slot], arrays["success_once"][slot] = (
+                        env.success,
+                        env.success_once,
+                    )
                     arrays["grasped"][slot] = env.ever_grasped
                     look(env, slot)
             elif command == "map":
@@ -555,7 +638,9 @@ def run_worker(conn_fd: int, memory_fd: int):
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the main process is gone or has closed us
     except Exception as error:
-        conn.send(("fault", str(error)) if isinstance(error, Fault) else ("error", traceback.format_exc()))
+        conn.send(
+            ("fault", str(error)) if isinstance(error, Fault) else ("error", traceback.format_exc())
+        )
     finally:
         builtin.URDF_FOLDER.cleanup()  # here, because a busy machine's worker is killed before Python would
 
@@ -578,7 +663,10 @@ class VecEnv:
     def __init__(self, num_envs, assets, image_size, num_workers, views):
         pack = PACKS[assets]
         self.num_envs, self.num_workers = num_envs, num_workers
-        self.image_size, self.max_episode_steps = image_size or pack.image_size, pack.max_episode_steps
+        self.image_size, self.max_episode_steps = (
+            image_size or pack.image_size,
+            pack.max_episode_steps,
+        )
         self.instructions: list[str] = []
         self.elapsed = 0
         self._pictures = ["rgb", "mask", "state", *views]
@@ -586,10 +674,14 @@ class VecEnv:
         shared = tempfile.TemporaryFile()
         shared.truncate(num_envs * row.itemsize)
         self._arrays = np.frombuffer(mmap.mmap(shared.fileno(), 0), row)
-        self._slots = [list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)]
+        self._slots = [
+            list(map(int, part)) for part in np.array_split(np.arange(num_envs), num_workers)
+        ]
         self._workers = []
         cores = sorted(os.sched_getaffinity(0))
-        first = int(os.environ.get("LOCAL_RANK", 0)) * num_workers  # torchrun's other processes have workers too
+        first = (
+            int(os.environ.get("LOCAL_RANK", 0)) * num_workers
+        )  # torchrun's other processes have workers too
         here = os.path.dirname(os.path.abspath(__file__))
         code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs.run_worker(%d, %d)"
         for i, slots in enumerate(self._slots):
@@ -622,7 +714,11 @@ class VecEnv:
         """One answer from every worker, in order. A worker that failed or died ends the run with a Fault, never a hang."""
         answers = {}
         while len(answers) < len(self._workers):
-            waiting = {conn: (i, process) for i, (process, conn) in enumerate(self._workers) if i not in answers}
+            waiting = {
+                conn: (i, process)
+                for i, (process, conn) in enumerate(self._workers)
+                if i not in answers
+            }
             for conn in wait(list(waiting)):
                 i, process = waiting[conn]
                 try:
@@ -641,9 +737,15 @@ class VecEnv:
     def _died(self, process):
         code = process.wait()
         self.close()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with code {code}"
+        )
         hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
-        raise Fault(f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost")
+        raise Fault(
+            f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost"
+        )
 
     def _read(self, *names) -> dict:
         return {name: torch.from_numpy(self._arrays[name].copy()) for name in names}
@@ -665,7 +767,10 @@ class VecEnv:
             parse_split(name)
         assert len(episode_ids) == len(splits) == self.num_envs
         ids = [int(i) for i in episode_ids]
-        self._send([("reset", dict(episode_ids=ids, splits=splits, exact=exact, alter_seed=alter_seed))] * len(self._workers))
+        self._send(
+            [("reset", dict(episode_ids=ids, splits=splits, exact=exact, alter_seed=alter_seed))]
+            * len(self._workers)
+        )
         self.instructions = sum(self._gather(), [])
         self.elapsed = 0
         return self._read(*self._pictures)
@@ -677,8 +782,12 @@ class VecEnv:
         the end. Returns obs, reward (N,) float32, done (N,) bool, info: success, success_once, grasped (N,) bool,
         episode_return (N,) float32.
         """
-        actions = actions[:, : self.max_episode_steps - self.elapsed].cpu().numpy().astype(np.float32)
-        assert actions.shape[0] == self.num_envs and actions.shape[1] > 0 and actions.shape[2] == 7, actions.shape
+        actions = (
+            actions[:, : self.max_episode_steps - self.elapsed].cpu().numpy().astype(np.float32)
+        )
+        assert (
+            actions.shape[0] == self.num_envs and actions.shape[1] > 0 and actions.shape[2] == 7
+        ), actions.shape
         self._send([("step", actions[slots]) for slots in self._slots])
         self._gather()
         self.elapsed += actions.shape[1]
@@ -727,11 +836,23 @@ def choose_sim(sim: str) -> str:
     if sim == "cuda":
         raise Fault(f"--sim cuda: {lacks}; --sim cpu needs no GPU")
     if torch.cuda.is_available():
-        print(f"physics on the CPU, pictures on the {render_backend().upper()}: {lacks}", file=sys.stderr)
+        print(
+            f"physics on the CPU, pictures on the {render_backend().upper()}: {lacks}",
+            file=sys.stderr,
+        )
     return "cpu"
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):
+def make_envs(
+    num_envs,
+    assets="builtin",
+    *,
+    image_size=None,
+    num_workers=None,
+    alter=None,
+    preserve=None,
+    sim="cpu",
+):
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core) -> VecEnv; or
     with `sim` "cuda", or "auto" where that is possible, all in this process with GPU physics (envs_cuda.py).
 
@@ -744,7 +865,9 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, 
     if num_envs < 1:
         raise Fault(f"--num-envs is {num_envs}: it must be at least 1")
     find_pack(assets)
-    views = {name: view for name, view in (("rgb_alt", alter), ("rgb_pre", preserve)) if view is not None}
+    views = {
+        name: view for name, view in (("rgb_alt", alter), ("rgb_pre", preserve)) if view is not None
+    }
     if choose_sim(sim) == "cuda":
         from envs_cuda import CudaVecEnv  # which imports this file
 
@@ -774,7 +897,10 @@ INSTALL = (
 
 def probe(assets: str):
     """Runs in a child process, because a broken driver may take its process down: prints one line of JSON."""
-    device = sapien.render.get_device_summary().strip() + f"\nphysics on the CPU, pictures on the {render_backend().upper()}"
+    device = (
+        sapien.render.get_device_summary().strip()
+        + f"\nphysics on the CPU, pictures on the {render_backend().upper()}"
+    )
     start = time.perf_counter()
     env = make_env(assets)
     env.reset(seed=0, options=dict(episode_ids=[0], split="train"))
@@ -783,8 +909,20 @@ def probe(assets: str):
     start = time.perf_counter()
     rgb, ids = env.picture()
     frame = time.perf_counter() - start
-    shown = env.foreground(ids).mean()  # the mask comes from the second picture that a driver must be able to draw
-    print(json.dumps(dict(device=device, first=first, frame=frame, contrast=float(rgb.std()), shown=float(shown))))
+    shown = env.foreground(
+        ids
+    ).mean()  # the mask comes from the second picture that a driver must be able to draw
+    print(
+        json.dumps(
+            dict(
+                device=device,
+                first=first,
+                frame=frame,
+                contrast=float(rgb.std()),
+                shown=float(shown),
+            )
+        )
+    )
 
 
 def check(assets: str):
@@ -795,18 +933,27 @@ def check(assets: str):
     gigabyte = 1e9
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / gigabyte
     disk = shutil.disk_usage(".").free / gigabyte
-    print(f"{len(os.sched_getaffinity(0))} cores | free: {memory:.1f} GB memory, {disk:.1f} GB disk here", end="")
+    print(
+        f"{len(os.sched_getaffinity(0))} cores | free: {memory:.1f} GB memory, {disk:.1f} GB disk here",
+        end="",
+    )
     if torch.cuda.is_available():
-        print(f", {torch.cuda.mem_get_info()[0] / gigabyte:.1f} GB on {torch.cuda.get_device_name()}")
+        print(
+            f", {torch.cuda.mem_get_info()[0] / gigabyte:.1f} GB on {torch.cuda.get_device_name()}"
+        )
     else:
         print(" | no CUDA device")
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.resolve())!r}); import envs; envs.probe({assets!r})"
     try:
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        child = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+        )
     except subprocess.TimeoutExpired:
         raise Fault(f"the Vulkan driver did not draw one frame in 300 s: {INSTALL}")
     if child.returncode < 0:
-        raise Fault(f"the Vulkan driver crashed ({signal.Signals(-child.returncode).name}) when it had to draw: {INSTALL}")
+        raise Fault(
+            f"the Vulkan driver crashed ({signal.Signals(-child.returncode).name}) when it had to draw: {INSTALL}"
+        )
     if child.returncode > 0:
         reason = (child.stderr.strip() or "it said nothing").splitlines()[-1]
         if "vk::" in reason or "device" in reason:
@@ -815,7 +962,9 @@ def check(assets: str):
         raise Fault(f"no frame could be drawn, the traceback is above ({reason})")
     found = json.loads(child.stdout.splitlines()[-1])
     print(found["device"])
-    print(f"first frame after {found['first']:.1f} s (compiles shaders), the next in {1000 * found['frame']:.1f} ms")
+    print(
+        f"first frame after {found['first']:.1f} s (compiles shaders), the next in {1000 * found['frame']:.1f} ms"
+    )
     if found["contrast"] < 5 or not 0.01 < found["shown"] < 0.9:
         raise Fault(f"the Vulkan driver drew an empty picture: {INSTALL}")
     print("ok: this machine renders")
@@ -829,9 +978,14 @@ def main(args: Args):
             rl4vla.download()
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise Fault(f"--download: {reason}; check the network and start it again, it goes on where it was")
+            raise Fault(
+                f"--download: {reason}; check the network and start it again, it goes on where it was"
+            )
         find_pack("rl4vla")
-        print("ok: the pack rl4vla is complete in", " and ".join(map(str, rl4vla.asset_folders().values())))
+        print(
+            "ok: the pack rl4vla is complete in",
+            " and ".join(map(str, rl4vla.asset_folders().values())),
+        )
     if args.check:
         check(args.assets)
     if args.gallery:
@@ -841,7 +995,9 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    sys.modules["envs"] = sys.modules["__main__"]  # gallery.py imports this file: it must not run twice
+    sys.modules["envs"] = sys.modules[
+        "__main__"
+    ]  # gallery.py imports this file: it must not run twice
     try:
         main(tyro.cli(Args))
     except Fault as error:

@@ -45,14 +45,20 @@ class PutOnPlates(envs.PutOnPlate):
 
     @staticmethod
     def _parked(i: int) -> sapien.Pose:
-        return sapien.Pose([4.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])  # out of every camera's sight
+        return sapien.Pose(
+            [4.0 + 0.3 * (i % 5), 0.3 * (i // 5), 0.06]
+        )  # out of every camera's sight
 
     def _load_lighting(self, options):
-        self.lights_now = [e.light for e in options["episodes"]] if "episodes" in options else [0] * self.num_envs
+        self.lights_now = (
+            [e.light for e in options["episodes"]] if "episodes" in options else [0] * self.num_envs
+        )
         for i, light in enumerate(envs.LIGHTS[index] for index in self.lights_now):
             self.scene.sub_scenes[i].render_system.ambient_light = list(light.ambient)
             directions = (light.key_direction, *light.fill_directions)
-            for direction, color in zip(directions, (light.key, light.fill, light.fill), strict=True):
+            for direction, color in zip(
+                directions, (light.key, light.fill, light.fill), strict=True
+            ):
                 self.scene.add_directional_light(list(direction), list(color), scene_idxs=[i])
 
     def _after_reconfigure(self, options):
@@ -75,7 +81,10 @@ class PutOnPlates(envs.PutOnPlate):
         if "episodes" not in options:  # ManiSkill's own reset, while it makes the environment
             options = dict(episodes=[envs.sample_episode(i, "train", pack) for i in range(self.num_envs)],
                            splits=["train"] * self.num_envs)  # fmt: skip
-        self.episodes, self.splits = options["episodes"], [envs.parse_split(name) for name in options["splits"]]
+        self.episodes, self.splits = (
+            options["episodes"],
+            [envs.parse_split(name) for name in options["splits"]],
+        )
         places = [[self._parked(i) for i in range(len(self.objects))] for _ in self.episodes]
         for place, e in zip(places, self.episodes):
             distractors = zip(e.distractors, e.distractor_xy, e.distractor_yaw)
@@ -86,7 +95,11 @@ class PutOnPlates(envs.PutOnPlate):
             actor.set_pose(Pose.create(raw(poses), device=self.device))
             actor.set_linear_velocity(torch.zeros(self.num_envs, 3))
             actor.set_angular_velocity(torch.zeros(self.num_envs, 3))
-        self.camera_mount.set_pose(Pose.create(raw(self.camera_pose(e.camera_deg) for e in self.episodes), device=self.device))
+        self.camera_mount.set_pose(
+            Pose.create(
+                raw(self.camera_pose(e.camera_deg) for e in self.episodes), device=self.device
+            )
+        )
         self.tables = torch.tensor([e.table for e in self.episodes], device=self.device)
         for actor, poses in self.with_tables(self.tables):
             actor.set_pose(Pose.create(poses, device=self.device))
@@ -105,17 +118,27 @@ class PutOnPlates(envs.PutOnPlate):
         self.agent.reset(init_qpos=pack.init_qpos)
 
         rotation = self.of_target(lambda actor: actor.pose.to_transformation_matrix()[:, :3, :3])
-        sizes = torch.tensor(np.array([pack.sizes[e.target] for e in self.episodes]), dtype=torch.float32, device=self.device)
+        sizes = torch.tensor(
+            np.array([pack.sizes[e.target] for e in self.episodes]),
+            dtype=torch.float32,
+            device=self.device,
+        )
         self.target_half_z = (rotation.abs()[:, 2] * sizes).sum(1) / 2
         self.contact_query = None
-        self.keep = torch.zeros(self.num_envs, 1024, dtype=torch.bool, device=self.device)  # ids of M of Eq. (5)
+        self.keep = torch.zeros(
+            self.num_envs, 1024, dtype=torch.bool, device=self.device
+        )  # ids of M of Eq. (5)
         self.keep[:, [link._objs[0].entity.per_scene_id for link in self.links]] = True
         self.keep[:, self.plate._objs[0].per_scene_id] = True
         for n, e in enumerate(self.episodes):
             self.keep[n, self.objects[e.target]._objs[n].per_scene_id] = True
 
         nothing = torch.zeros(self.num_envs, device=self.device)
-        self.streak, self.best_streak, self.return_so_far = nothing.clone(), nothing.clone(), nothing.clone()
+        self.streak, self.best_streak, self.return_so_far = (
+            nothing.clone(),
+            nothing.clone(),
+            nothing.clone(),
+        )
         self.ever_grasped, self.success_once = nothing.bool(), nothing.bool()
         self.elapsed = 0
 
@@ -127,24 +150,34 @@ class PutOnPlates(envs.PutOnPlate):
         """read(actor) (N, ...) of the actor that is the target in each scene."""
         used = sorted({e.target for e in self.episodes})
         rows = torch.tensor([used.index(e.target) for e in self.episodes], device=self.device)
-        return torch.stack([read(self.objects[i]) for i in used])[rows, torch.arange(self.num_envs, device=self.device)]
+        return torch.stack([read(self.objects[i]) for i in used])[
+            rows, torch.arange(self.num_envs, device=self.device)
+        ]
 
     def contact_forces(self) -> torch.Tensor:
         """(N, 3, 3) newtons that the two fingers and the plate exert on the target."""
         others, px = [*self.fingers, self.plate], self.scene.px
         if not self.gpu_sim_enabled:
             target = self.objects[self.episodes[0].target]
-            return torch.stack([self.scene.get_pairwise_contact_forces(target, other) for other in others], 1)
-        if self.contact_query is None:  # one query for all pairs of all scenes, made once an episode
+            return torch.stack(
+                [self.scene.get_pairwise_contact_forces(target, other) for other in others], 1
+            )
+        if (
+            self.contact_query is None
+        ):  # one query for all pairs of all scenes, made once an episode
             targets = [self.objects[e.target]._bodies[n] for n, e in enumerate(self.episodes)]
             pairs = [(body, other._bodies[n]) for n, body in enumerate(targets) for other in others]
             self.contact_query = px.gpu_create_contact_pair_impulse_query(pairs)
         px.gpu_query_contact_pair_impulses(self.contact_query)
-        return self.contact_query.cuda_impulses.torch().clone().view(self.num_envs, 3, 3) / px.timestep
+        return (
+            self.contact_query.cuda_impulses.torch().clone().view(self.num_envs, 3, 3) / px.timestep
+        )
 
     def evaluate(self):
         forces = self.contact_forces()
-        closing = torch.stack([finger.pose.to_transformation_matrix()[:, :3, 1] for finger in self.fingers], 1)
+        closing = torch.stack(
+            [finger.pose.to_transformation_matrix()[:, :3, 1] for finger in self.fingers], 1
+        )
         closing = closing * torch.tensor([-1.0, 1.0], device=self.device)[:, None]
         norm = forces[:, :2].norm(dim=-1)
         along = (forces[:, :2] * closing).sum(-1)
@@ -182,9 +215,14 @@ class PutOnPlates(envs.PutOnPlate):
         camera = self.scene.sensors["camera"]
         camera.capture()
         pictures = camera.get_obs(rgb=True, segmentation=True, depth=False, position=False)
-        rgb, ids = pictures["rgb"].clone(), pictures["segmentation"][..., 0].clone()  # the buffers are those of the next one
+        rgb, ids = (
+            pictures["rgb"].clone(),
+            pictures["segmentation"][..., 0].clone(),
+        )  # the buffers are those of the next one
         if self.photos is not None:
-            rgb = torch.where((ids == 0)[..., None], self.photos[self.tables if tables is None else tables], rgb)
+            rgb = torch.where(
+                (ids == 0)[..., None], self.photos[self.tables if tables is None else tables], rgb
+            )
         return rgb, ids
 
     def foreground(self, ids: torch.Tensor) -> torch.Tensor:
@@ -227,12 +265,19 @@ class PutOnPlates(envs.PutOnPlate):
 # ------------------------------------------------------------ views.py in batches: (env, N generators) -> (N, H, W, 3) uint8
 def task_altering(env: PutOnPlates, rngs) -> torch.Tensor:
     now = env.of_target(lambda actor: actor.pose.raw_pose).cpu().numpy()
-    elsewhere = raw(views.altered_pose(sapien.Pose(pose[:3], pose[3:]), rng) for pose, rng in zip(now, rngs))
+    elsewhere = raw(
+        views.altered_pose(sapien.Pose(pose[:3], pose[3:]), rng) for pose, rng in zip(now, rngs)
+    )
     moves = []
     for i in {e.target for e in env.episodes}:
         poses = env.objects[i].pose.raw_pose.cpu()
         moves.append(
-            (env.objects[i], torch.where(torch.tensor([e.target == i for e in env.episodes])[:, None], elsewhere, poses))
+            (
+                env.objects[i],
+                torch.where(
+                    torch.tensor([e.target == i for e in env.episodes])[:, None], elsewhere, poses
+                ),
+            )
         )
     with env.drawn(moves):
         return env.picture()[0]
@@ -243,20 +288,27 @@ def rerendered(env: PutOnPlates, rngs) -> torch.Tensor:
     moves = list(env.with_tables(tables))
     for i, actor in enumerate(env.objects):
         hide = torch.tensor([i in e.distractors for e in env.episodes])[:, None]
-        moves += [(actor, torch.where(hide, BELOW, actor.pose.raw_pose.cpu()))] if hide.any() else []
+        moves += (
+            [(actor, torch.where(hide, BELOW, actor.pose.raw_pose.cpu()))] if hide.any() else []
+        )
     with env.drawn(moves):
         return env.picture(tables)[0]
 
 
 def other_camera(env: PutOnPlates, rngs) -> torch.Tensor:
-    poses = raw(env.camera_pose(views.other_degrees(*three)) for three in zip(env.splits, env.episodes, rngs))
+    poses = raw(
+        env.camera_pose(views.other_degrees(*three))
+        for three in zip(env.splits, env.episodes, rngs)
+    )
     with env.drawn([(env.camera_mount, poses)]):
         return env.picture()[0]
 
 
 def render_backgrounds(env: PutOnPlates, tables: list[int]) -> np.ndarray:
     """(len(tables), H, W, 3) uint8, of scene 0, in an episode under the training light."""
-    nothing = [(body, BELOW.repeat(env.num_envs, 1)) for body in (*env.links, *env.objects, env.plate)]
+    nothing = [
+        (body, BELOW.repeat(env.num_envs, 1)) for body in (*env.links, *env.objects, env.plate)
+    ]
     nothing.append((env.camera_mount, raw([env.camera_pose(0.0)]).repeat(env.num_envs, 1)))
     pictures = []
     for table in tables:
@@ -279,9 +331,19 @@ class CudaVecEnv:
 
     num_workers = 1
 
-    def __init__(self, num_envs, assets, image_size, views, sim_backend="physx_cuda", render_backend="sapien_cuda"):
+    def __init__(
+        self,
+        num_envs,
+        assets,
+        image_size,
+        views,
+        sim_backend="physx_cuda",
+        render_backend="sapien_cuda",
+    ):
         gpu = f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
-        sim_backend, render_backend = (name + gpu * ("cuda" in name) for name in (sim_backend, render_backend))
+        sim_backend, render_backend = (
+            name + gpu * ("cuda" in name) for name in (sim_backend, render_backend)
+        )
         self.env = gym.make(ENV_ID, obs_mode="none", reward_mode="none", num_envs=num_envs, sim_backend=sim_backend,
                             render_backend=render_backend, pack=assets, image_size=image_size).unwrapped  # fmt: skip
         self.num_envs, self.image_size = num_envs, self.env.image_size
@@ -303,7 +365,10 @@ class CudaVecEnv:
         obs = dict(rgb=rgb, mask=env.foreground(ids), state=env.state())
         start = time.perf_counter()
         for name, view in self.views.items():
-            draws = [[self.alter_seed, i, env.elapsed] + [1] * (name == "rgb_pre") for i in self.episode_ids]
+            draws = [
+                [self.alter_seed, i, env.elapsed] + [1] * (name == "rgb_pre")
+                for i in self.episode_ids
+            ]
             obs[name] = view(env, [np.random.default_rng(draw) for draw in draws])
         self.view_seconds += time.perf_counter() - start
         return obs
@@ -312,7 +377,10 @@ class CudaVecEnv:
         """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, `exact` or not."""
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         self.episode_ids, self.alter_seed = [int(i) for i in episode_ids], alter_seed
-        episodes = [envs.sample_episode(i, name, self.env.pack) for i, name in zip(self.episode_ids, splits, strict=True)]
+        episodes = [
+            envs.sample_episode(i, name, self.env.pack)
+            for i, name in zip(self.episode_ids, splits, strict=True)
+        ]
         anew = exact or [e.light for e in episodes] != self.env.lights_now
         self.env.reset(seed=0, options=dict(episodes=episodes, splits=splits, reconfigure=anew))
         return self._look()

@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 from envs import SPLITS, Fault, choose_sim, make_envs, parse_split
 
-EVAL_EPISODES_START = 1_000_000_000  # training uses the ids below, so no evaluation episode was ever trained on
+EVAL_EPISODES_START = (
+    1_000_000_000  # training uses the ids below, so no evaluation episode was ever trained on
+)
 EPISODES_PER_SEED = 1_000_000  # seed s evaluates the ids EVAL_EPISODES_START + s * EPISODES_PER_SEED + (0, 1, 2, ...)
 
 
@@ -81,7 +83,17 @@ def noise_seed(seed: int, split: str, batch: int) -> int:
 
 
 def evaluate(
-    policy, envs, split, episode_ids, temperature, video_dir=None, num_videos=0, seed=0, bar=None, rank=0, world=1
+    policy,
+    envs,
+    split,
+    episode_ids,
+    temperature,
+    video_dir=None,
+    num_videos=0,
+    seed=0,
+    bar=None,
+    rank=0,
+    world=1,
 ) -> list[dict]:
     """Run each episode once; one record per episode, in the order of `episode_ids`. `bar`: a tqdm that counts episodes.
 
@@ -120,12 +132,16 @@ def evaluate(
                     "success_once": bool(info["success_once"][i]),
                     "success_at_end": bool(info["success"][i]),
                     "steps": steps,
-                    "sum_reward": float(info["episode_return"][i]),  # the return, under LeRobot's name
+                    "sum_reward": float(
+                        info["episode_return"][i]
+                    ),  # the return, under LeRobot's name
                 }
             )
         for i, record in enumerate(records[-len(ids) :][:num_filmed]):
             outcome = "success" if record["success_once"] else "failure"
-            write_video(Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4", [frame[i] for frame in frames])
+            write_video(
+                Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4", [frame[i] for frame in frames]
+            )
         if bar is not None:
             successes = sum(record["success_once"] for record in records)
             bar.set_postfix_str(f"{split}: success {successes}/{len(records)}", refresh=False)
@@ -138,7 +154,9 @@ def write_video(path: Path, frames: Sequence[np.ndarray], upscale: int = 4, fps:
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:  # 2: H.264 needs even sides, no more than that
+    with imageio.get_writer(
+        path, fps=fps, macro_block_size=2
+    ) as video:  # 2: H.264 needs even sides, no more than that
         for frame in frames:
             video.append_data(frame.repeat(upscale, axis=0).repeat(upscale, axis=1))
 
@@ -191,10 +209,14 @@ def ood_table(records: Sequence[dict]) -> str:
                 above += (weights[split] * (high - k / n)) ** 2
                 independent += weights[split] ** 2 * k / n * (1 - k / n) / n
                 for record in of_split:
-                    errors[record["episode_id"], record["seed"]] += weights[split] * (record[metric] - k / n) / n
+                    errors[record["episode_id"], record["seed"]] += (
+                        weights[split] * (record[metric] - k / n) / n
+                    )
         # If the splits were independent, their Wilson half-widths would add in squares (MOVER, Zou and Donner 2008).
         # But an episode id has the same target in every split: widen by the variance that the ids really show.
-        inflation = max(1.0, sum(e**2 for e in errors.values()) / independent) if independent else 1.0
+        inflation = (
+            max(1.0, sum(e**2 for e in errors.values()) / independent) if independent else 1.0
+        )
         low, high = rate - math.sqrt(inflation * below), rate + math.sqrt(inflation * above)
         average.append(f"{100 * rate:.1f} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]")
     for split in splits:
@@ -227,7 +249,10 @@ def paired_bootstrap(
     once, because an id has the same target in every split.
     """
     a, b = (
-        {(record["split"], record["episode_id"], record["seed"]): record["success_once"] for record in records}
+        {
+            (record["split"], record["episode_id"], record["seed"]): record["success_once"]
+            for record in records
+        }
         for records in (records_a, records_b)
     )
     unmatched = sorted(a.keys() ^ b.keys())
@@ -246,12 +271,19 @@ def paired_bootstrap(
         cell = row[key[1:]], splits.index(key[0])
         present[cell], rate_a[cell], rate_b[cell] = 1, a[key], b[key]
 
-    counts = np.random.default_rng(seed).multinomial(  # (resamples, episodes): how often each episode was drawn
+    counts = np.random.default_rng(
+        seed
+    ).multinomial(  # (resamples, episodes): how often each episode was drawn
         len(episodes), np.full(len(episodes), 1 / len(episodes)), size=resamples
     )
-    with np.errstate(invalid="ignore"):  # 0 / 0 = nan: a draw without any episode of the split, left out below
+    with np.errstate(
+        invalid="ignore"
+    ):  # 0 / 0 = nan: a draw without any episode of the split, left out below
         resampled = (counts @ (rate_b - rate_a)) / (counts @ present)  # (resamples, splits)
-    rate_a, rate_b = rate_a.sum(0) / present.sum(0), rate_b.sum(0) / present.sum(0)  # (episodes, splits) -> (splits,)
+    rate_a, rate_b = (
+        rate_a.sum(0) / present.sum(0),
+        rate_b.sum(0) / present.sum(0),
+    )  # (episodes, splits) -> (splits,)
 
     rows = {split: {split: 1.0} for split in splits}
     if ood_weights(splits):
@@ -262,7 +294,9 @@ def paired_bootstrap(
         columns, w = [splits.index(split) for split in weights], np.array(list(weights.values()))
         low, high = np.nanquantile(resampled[:, columns] @ w, [0.025, 0.975])
         pairs = int(present[:, columns].sum())
-        differences.append(Difference(name, pairs, rate_a[columns] @ w, rate_b[columns] @ w, low, high))
+        differences.append(
+            Difference(name, pairs, rate_a[columns] @ w, rate_b[columns] @ w, low, high)
+        )
     return differences
 
 
@@ -270,7 +304,9 @@ def compare_table(differences: Sequence[Difference]) -> str:
     lines = ["| split | A % | B % | B - A, points | pairs |", "|---|---|---|---|---|"]
     for d in differences:
         change = f"{100 * (d.rate_b - d.rate_a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        lines.append(f"| {d.name} | {100 * d.rate_a:.1f} | {100 * d.rate_b:.1f} | {change} | {d.pairs} |")
+        lines.append(
+            f"| {d.name} | {100 * d.rate_a:.1f} | {100 * d.rate_b:.1f} | {change} | {d.pairs} |"
+        )
     return "\n".join(lines)
 
 
@@ -287,8 +323,16 @@ def read_records(path: str | Path) -> list[dict]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"cannot read {path} ({error}): give an episodes.jsonl or its directory") from None
-    types = {"split": str, "episode_id": int, "seed": int, "success_once": bool, "success_at_end": bool}
+        raise Fault(
+            f"cannot read {path} ({error}): give an episodes.jsonl or its directory"
+        ) from None
+    types = {
+        "split": str,
+        "episode_id": int,
+        "seed": int,
+        "success_once": bool,
+        "success_at_end": bool,
+    }
     records = {}
     for i, line in enumerate(lines, start=1):
         try:
@@ -296,9 +340,13 @@ def read_records(path: str | Path) -> list[dict]:
             key = record["split"], record["episode_id"], record["seed"]
             assert all(type(record[name]) is kind for name, kind in types.items())
         except (ValueError, KeyError, TypeError, AssertionError):
-            raise Fault(f"{path}, line {i}, is not an episode record: write the file anew with evaluate.py") from None
+            raise Fault(
+                f"{path}, line {i}, is not an episode record: write the file anew with evaluate.py"
+            ) from None
         if key in records:
-            raise Fault(f"{path}, line {i}, repeats an earlier line ({key[0]}, episode {key[1]}): delete one of them")
+            raise Fault(
+                f"{path}, line {i}, repeats an earlier line ({key[0]}, episode {key[1]}): delete one of them"
+            )
         records[key] = record
     if not records:
         raise Fault(f"{path} holds no episodes: write the file anew with evaluate.py")
@@ -312,7 +360,9 @@ def collective(function, *args) -> None:
             function(*args)
         except RuntimeError as error:
             reason = str(error).splitlines()[0][:100]
-            raise Fault(f"another rank ended, so rank {dist.get_rank()} does too ({reason})") from None
+            raise Fault(
+                f"another rank ended, so rank {dist.get_rank()} does too ({reason})"
+            ) from None
 
 
 def check_args(args: Args) -> None:
@@ -320,16 +370,30 @@ def check_args(args: Args) -> None:
     if not args.checkpoint:
         raise Fault("there is nothing to evaluate: pass --checkpoint DIR, or --compare A B")
     if not Path(args.checkpoint).is_dir():
-        raise Fault(f"the checkpoint directory {args.checkpoint} does not exist: check --checkpoint")
+        raise Fault(
+            f"the checkpoint directory {args.checkpoint} does not exist: check --checkpoint"
+        )
     for split in args.splits:
         parse_split(split)
     for wrong, sentence in (
-        (len(set(args.splits)) < max(1, len(args.splits)), "--splits needs at least one split and none twice"),
-        (len(set(args.seeds)) < max(1, len(args.seeds)), "--seeds needs at least one seed and none twice"),
+        (
+            len(set(args.splits)) < max(1, len(args.splits)),
+            "--splits needs at least one split and none twice",
+        ),
+        (
+            len(set(args.seeds)) < max(1, len(args.seeds)),
+            "--seeds needs at least one seed and none twice",
+        ),
         (any(seed < 0 for seed in args.seeds), "--seeds must be 0 or more"),
-        (not 1 <= args.num_episodes <= EPISODES_PER_SEED, f"--num-episodes must be 1 to {EPISODES_PER_SEED}"),
+        (
+            not 1 <= args.num_episodes <= EPISODES_PER_SEED,
+            f"--num-episodes must be 1 to {EPISODES_PER_SEED}",
+        ),
         (args.num_envs < 1, "--num-envs must be at least 1"),
-        (not 0 <= args.temperature < math.inf, "--temperature must be 0 (argmax) or a positive number"),
+        (
+            not 0 <= args.temperature < math.inf,
+            "--temperature must be 0 (argmax) or a positive number",
+        ),
         (args.video < 0, "--video must be 0 or the number of videos per split"),
     ):
         if wrong:
@@ -339,7 +403,9 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> None:
     if args.compare is not None:
         differences = paired_bootstrap(*map(read_records, args.compare))
-        print(f"success_once, 95 % intervals by paired bootstrap\nA: {args.compare[0]}\nB: {args.compare[1]}\n")
+        print(
+            f"success_once, 95 % intervals by paired bootstrap\nA: {args.compare[0]}\nB: {args.compare[1]}\n"
+        )
         print(compare_table(differences))
         return
 
@@ -347,7 +413,11 @@ def main(args: Args) -> None:
     sim = choose_sim(args.sim)
     args_json = Path(args.checkpoint) / "args.json"
     try:
-        trained = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}  # for an adapter that was not trained here
+        trained = {
+            "backbone": args.backbone,
+            "assets": "builtin",
+            "dtype": "auto",
+        }  # for an adapter that was not trained here
         if args_json.exists():
             trained |= json.loads(args_json.read_text())
     except (OSError, ValueError, TypeError) as error:
@@ -356,7 +426,9 @@ def main(args: Args) -> None:
     if not backbone:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", backbone):
-        raise Fault(f"{args.checkpoint} is a checkpoint of {backbone}, not of {args.backbone}: leave --backbone out")
+        raise Fault(
+            f"{args.checkpoint} is a checkpoint of {backbone}, not of {args.backbone}: leave --backbone out"
+        )
     out = Path(args.out or Path(args.checkpoint) / "eval")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -366,19 +438,31 @@ def main(args: Args) -> None:
     except OSError as error:
         raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
 
-    from policies import DTYPES, PolicyError, load_policy  # here, because it takes seconds and every typo is answered above
+    from policies import (
+        DTYPES,
+        PolicyError,
+        load_policy,
+    )  # here, because it takes seconds and every typo is answered above
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda and torch.cuda.is_available() else "cpu"
+    device = (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if args.cuda and torch.cuda.is_available()
+        else "cpu"
+    )
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     records, total = [], len(args.splits) * len(args.seeds) * args.num_episodes
     try:
-        policy = load_policy(backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]])
+        policy = load_policy(
+            backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]]
+        )
         num_envs = min(args.num_envs, args.num_episodes)
         with (
-            make_envs(num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers) as envs,
+            make_envs(
+                num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers
+            ) as envs,
             tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
         ):
             for split in args.splits:
@@ -387,13 +471,26 @@ def main(args: Args) -> None:
                     videos = args.video if seed == args.seeds[0] else 0
                     parts = [None] * world
                     parts[rank] = evaluate(
-                        policy, envs, split, ids, args.temperature, out / "videos", videos, seed, bar, rank, world
+                        policy,
+                        envs,
+                        split,
+                        ids,
+                        args.temperature,
+                        out / "videos",
+                        videos,
+                        seed,
+                        bar,
+                        rank,
+                        world,
                     )
                     collective(dist.all_gather_object, parts, parts[rank])
                     records += sorted(sum(parts, []), key=lambda record: record["episode_id"])
                     # Written now, so that an interrupted run keeps what it has.
                     if rank == 0:
-                        write_text(out / "episodes.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+                        write_text(
+                            out / "episodes.jsonl",
+                            "".join(json.dumps(record) + "\n" for record in records),
+                        )
     except PolicyError as error:
         raise Fault(str(error)) from None
     except KeyboardInterrupt:

@@ -37,26 +37,38 @@ def pictures(env) -> list:
         return rgb.copy(), env.foreground(bodies)
 
     def composite(rgb, mask, empty):
-        return views.task_preserving(*(torch.from_numpy(x) for x in (rgb[None], mask[None], empty)))[0].numpy()
+        return views.task_preserving(
+            *(torch.from_numpy(x) for x in (rgb[None], mask[None], empty))
+        )[0].numpy()
 
     rows = [(name, text, [reset(i, name) for i in range(6)], None) for name, text in ABOUT.items()]
     rows[0] = (*rows[0][:3], [f"episode {i}" for i in range(6)])
     captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
                 "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
     for text, episode_id, lift, background, seeds in (
-        ("task-preserving (Eq. 5)\nand task-altering view\nof a training frame", 2, False, 5, (3, 1)),
+        (
+            "task-preserving (Eq. 5)\nand task-altering view\nof a training frame",
+            2,
+            False,
+            5,
+            (3, 1),
+        ),
         ("the same with the target\nin the gripper: physics\ndoes not notice", 4, True, 9, (3, 2)),
     ):
         reset(episode_id, "train")
         while lift and not (env.grasped and env.target_entity.pose.p[2] > envs.TABLE_Z + 0.045):
             env.step(sft.oracle(env))
             env.elapsed += 1
-            assert env.elapsed < env.pack.max_episode_steps, "the scripted oracle should have lifted the target by now"
+            assert env.elapsed < env.pack.max_episode_steps, (
+                "the scripted oracle should have lifted the target by now"
+            )
         rgb, mask = look()
         empty = views.render_backgrounds([env], [background])
         alt = [views.task_altering(env, np.random.default_rng(seed)).copy() for seed in seeds]
         shown = np.uint8(255 * np.dstack([mask] * 3))
-        rows.append(("the pair", text, [rgb, shown, empty[0], composite(rgb, mask, empty), *alt], captions))
+        rows.append(
+            ("the pair", text, [rgb, shown, empty[0], composite(rgb, mask, empty), *alt], captions)
+        )
 
     reset(11, "clutter-8")
     rgb, mask = look()
@@ -70,7 +82,14 @@ def pictures(env) -> list:
             "o_pre, 3 ways",
             "a composite has bites\nwhere a distractor stood\nin front; a re-render\nhas not",
             [rgb, pre, drawn, difference, *turned],
-            ["o", "--pre-view composite", "--pre-view rerender", "their difference x 3", "o", "--pre-view camera"],
+            [
+                "o",
+                "--pre-view composite",
+                "--pre-view rerender",
+                "their difference x 3",
+                "o",
+                "--pre-view camera",
+            ],
         )
     )
     return rows

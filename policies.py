@@ -45,7 +45,11 @@ DEFAULT_CHECKPOINT = {  # "name@revision" pins it
     "pi0": "RLinf/RLinf-Pi0-ManiSkill-25Main-SFT",
     "pi05": "RLinf/RLinf-Pi05-ManiSkill-25Main-SFT",
 }
-DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone, as load_policy takes it
+DTYPES = {
+    "auto": None,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}  # of the backbone, as load_policy takes it
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "  # its last space is Llama's token 29871
 LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
     "proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
@@ -58,14 +62,22 @@ class PolicyError(ValueError):
 
 
 class Decision(NamedTuple):
-    actions: torch.Tensor  # (B, chunk, 7) float32, env units: metres, radians, gripper -1 (close) / +1 (open)
-    latent: torch.Tensor  # what the log-prob is taken of: action token ids (B, 7) long; or see Pi0.distribution
-    logprob: torch.Tensor  # (B,) float32, sum over the 7 tokens, at temperature 1 whatever was sampled at
+    actions: (
+        torch.Tensor
+    )  # (B, chunk, 7) float32, env units: metres, radians, gripper -1 (close) / +1 (open)
+    latent: (
+        torch.Tensor
+    )  # what the log-prob is taken of: action token ids (B, 7) long; or see Pi0.distribution
+    logprob: (
+        torch.Tensor
+    )  # (B,) float32, sum over the 7 tokens, at temperature 1 whatever was sampled at
     value: torch.Tensor  # (B,) float32
 
 
 class Evaluation(NamedTuple):
-    dist: torch.Tensor  # (B, 7, 256) float32 logits, teacher-forced on the latent; or see Pi0.distribution
+    dist: (
+        torch.Tensor
+    )  # (B, 7, 256) float32 logits, teacher-forced on the latent; or see Pi0.distribution
     logprob: torch.Tensor  # (B,) SUM over the 7 tokens: the log-prob of the joint action
     entropy: torch.Tensor  # (B,) mean over the 7 tokens, nats
     value: torch.Tensor  # (B,)
@@ -83,7 +95,14 @@ TIMM = {
         "patch_size": 14, "class_token": False, "reg_tokens": 0, "layer_scale": False,
     },
 }  # fmt: skip
-MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet statistics), 3-5 SigLIP
+MEAN = (
+    0.485,
+    0.456,
+    0.406,
+    0.5,
+    0.5,
+    0.5,
+)  # channels 0-2 feed DINO (ImageNet statistics), 3-5 SigLIP
 STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
 
 _WORDS = """7up action baguette ball banana bar bbq bear black block blue bottle bowtie bread brown can capsule carrot
@@ -124,14 +143,18 @@ OPENVLA_TINY = {
 def run(layer, x, recompute, **kwargs):
     """layer(x); with `recompute` its activations are not kept but computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **kwargs)  # nothing here is random
+        return checkpoint(
+            layer, x, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )  # nothing here is random
     return layer(x, **kwargs)
 
 
 def grey_levels(images_uint8, device):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, 0 to 255."""
     if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4 or images_uint8.shape[-1] != 3:
-        raise PolicyError(f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}.")
+        raise PolicyError(
+            f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {tuple(images_uint8.shape)}."
+        )
     return images_uint8.to(device).permute(0, 3, 1, 2).float()
 
 
@@ -139,7 +162,9 @@ def keep_variance(modules):
     """Weights with which a signal keeps its variance from layer to layer; zero biases. For policies that start from nothing."""
     for module in modules:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0  # the stem's ReLU halves the variance
+            gain = (
+                2.0 if isinstance(module, nn.Conv2d) else 1.0
+            )  # the stem's ReLU halves the variance
             nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -148,7 +173,9 @@ def keep_variance(modules):
 def grid_waves(count, dim):
     """Position embeddings (count, dim) of a square grid: 1 to 10 quarter waves from edge to middle."""
     axis = torch.linspace(-1, 1, round(count**0.5))
-    angle = torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57  # (n, 2, D/4)
+    angle = (
+        torch.cartesian_prod(axis, axis)[:, :, None] * torch.logspace(0, 1, dim // 4) * 1.57
+    )  # (n, 2, D/4)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(1) / 2
 
 
@@ -158,7 +185,11 @@ def patch_embedding(patch, width, stem):
     if not stem:
         return nn.Conv2d(3, width, patch, patch)
     assert 2 ** (len(stem) + 1) == patch, "n channels make n + 1 convs, and 2**(n+1) pixels a patch"
-    convs = [m for i, o in zip([3, *stem], stem) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))]
+    convs = [
+        m
+        for i, o in zip([3, *stem], stem)
+        for m in (nn.Conv2d(i, o, 3, 2, 1), nn.ReLU(inplace=True))
+    ]
     return nn.Sequential(*convs, nn.Conv2d(stem[-1], width, 3, 2, 1))
 
 
@@ -179,13 +210,21 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, int(embed_dim * mlp_ratio), layer_scale) for _ in range(depth - 1)
+        )
 
     def forward(self, x, recompute=False):
-        x = x.contiguous(memory_format=torch.channels_last)  # it is a slice, which convolutions would copy
-        x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)  # (B, n, D)
+        x = x.contiguous(
+            memory_format=torch.channels_last
+        )  # it is a slice, which convolutions would copy
+        x = (
+            self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)
+        )  # (B, n, D)
         x = x + self.pos_embed  # patches only: timm has folded the cls position into cls_token
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [
+            t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None
+        ]
         x = torch.cat([*prefix, x], 1) if prefix else x
         for block in self.blocks:
             x = run(block, x, recompute, num_heads=self.num_heads)
@@ -200,11 +239,16 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        scale = [nn.ParameterDict({"scale_factor": nn.Parameter(torch.ones(dim))}) for _ in range(2 * layer_scale)]
+        scale = [
+            nn.ParameterDict({"scale_factor": nn.Parameter(torch.ones(dim))})
+            for _ in range(2 * layer_scale)
+        ]
         self.ls1, self.ls2 = scale if layer_scale else (None, None)
 
     def forward(self, x, num_heads):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + (y if self.ls1 is None else y * self.ls1["scale_factor"])
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
@@ -215,7 +259,13 @@ class KVCache:
     """Keys and values at fixed addresses: (layers, B, heads, length, head_dim). What is not yet written is masked."""
 
     def __init__(self, config, batch, length, like):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            length,
+            config.head_dim,
+        )
         self.k, self.v, self.start = like.new_zeros(shape), like.new_zeros(shape), 0
 
     def update(self, k, v, layer_idx):  # called by LlamaAttention
@@ -232,7 +282,9 @@ def whole_directory(directory):
     SHA256SUMS (check it with `sha256sum -c SHA256SUMS`) is added, what `directory` held before goes.
     """
     directory = Path(directory)
-    temporary, old = (directory.with_name(f"{directory.name}.{name}") for name in ("partial", "old.partial"))
+    temporary, old = (
+        directory.with_name(f"{directory.name}.{name}") for name in ("partial", "old.partial")
+    )
     try:
         for leftover in (temporary, old):
             if leftover.exists():
@@ -251,7 +303,9 @@ def whole_directory(directory):
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = f"{error}".replace("\n", " ")
-        raise PolicyError(f"{directory} could not be written ({reason}); nothing saved before is touched.") from error
+        raise PolicyError(
+            f"{directory} could not be written ({reason}); nothing saved before is touched."
+        ) from error
 
 
 def file_hash(path):
@@ -277,7 +331,9 @@ def verify(directory):
         for line in lines:
             wanted, _, name = line.partition("  ")
             if file_hash(directory / name) != wanted:
-                raise PolicyError(f"{directory / name} is damaged: it is not the file that was saved (see SHA256SUMS there).")
+                raise PolicyError(
+                    f"{directory / name} is damaged: it is not the file that was saved (see SHA256SUMS there)."
+                )
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{directory} is damaged or incomplete ({error}).") from None
 
@@ -356,17 +412,28 @@ class OpenVLA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.name, self.commit, self.directory = config, "openvla", None, None  # where it comes from
-        text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})  # 1e-6: the port's, not Meta's 1e-5
+        self.config, self.name, self.commit, self.directory = (
+            config,
+            "openvla",
+            None,
+            None,
+        )  # where it comes from
+        text = LlamaConfig(
+            **{"rms_norm_eps": 1e-6, **config["text_config"]}
+        )  # 1e-6: the port's, not Meta's 1e-5
         self.image_size = config["image_sizes"][0]
         towers = [TIMM[name] for name in config["timm_model_ids"]]
         if "_tiny_timm_kwargs" in config:
-            towers = [{**tower, **kwargs} for tower, kwargs in zip(towers, config["_tiny_timm_kwargs"])]
+            towers = [
+                {**tower, **kwargs} for tower, kwargs in zip(towers, config["_tiny_timm_kwargs"])
+            ]
         dino, siglip = [ViT(size, **tower) for size, tower in zip(config["image_sizes"], towers)]
         self.vision_backbone = nn.ModuleDict({"featurizer": dino, "fused_featurizer": siglip})
         fused = sum(tower["embed_dim"] for tower in towers)
         sizes = [fused, 4 * fused, text.hidden_size, text.hidden_size]
-        self.projector = nn.ModuleDict({f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)})
+        self.projector = nn.ModuleDict(
+            {f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)}
+        )
         self.language_model = LlamaForCausalLM(text)
         self.value_head = nn.ModuleDict({
             "head_l1": nn.Linear(text.hidden_size, 512),
@@ -376,7 +443,12 @@ class OpenVLA(nn.Module):
         # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
         self.action_begin = self.action_end - config["n_action_bins"]
-        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = None, None, {}, None
+        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = (
+            None,
+            None,
+            {},
+            None,
+        )
 
     def init_value_head(self):
         """N(0, 0.02), zero bias: what RL4VLA's value head effectively starts from."""
@@ -393,19 +465,29 @@ class OpenVLA(nn.Module):
         keep_variance([*self.vision_backbone.modules(), *self.projector.modules()])
         for tower in self.vision_backbone.values():
             tower.pos_embed.data = grid_waves(*tower.pos_embed.shape[1:])[None]
-        for layer in self.language_model.model.layers:  # attention starts by content: a word looks at patches like it
+        for layer in (
+            self.language_model.model.layers
+        ):  # attention starts by content: a word looks at patches like it
             nn.init.normal_(layer.self_attn.q_proj.weight, std=0.07)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
         x = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
         std = self.language_model.config.initializer_range
-        for table in (self.language_model.model.embed_tokens.weight, self.language_model.lm_head.weight):
+        for table in (
+            self.language_model.model.embed_tokens.weight,
+            self.language_model.lm_head.weight,
+        ):
             freq, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
-            table.data[self.action_begin : self.action_end] = torch.cos(x * freq + phase) * std * 2**0.5
+            table.data[self.action_begin : self.action_end] = (
+                torch.cos(x * freq + phase) * std * 2**0.5
+            )
 
     def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
         """fp32 adapters on every linear layer; only they and the value head train. alpha None: alpha = rank."""
         self.lora_config = lora_config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or LORA_TARGETS), init_lora_weights="gaussian"
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules=list(targets or LORA_TARGETS),
+            init_lora_weights="gaussian",
         )
         inject_lora(self, self.lora_config)
         self.value_head.requires_grad_(True)
@@ -413,7 +495,11 @@ class OpenVLA(nn.Module):
     @staticmethod
     def rename(key):
         """The name here of a checkpoint's tensor: the official one; of RLinf's value head, the same MLP, RL4VLA's."""
-        return re.sub(r"^value_head\.mlp\.([024])\.", lambda found: f"value_head.head_l{int(found[1]) // 2 + 1}.", key)
+        return re.sub(
+            r"^value_head\.mlp\.([024])\.",
+            lambda found: f"value_head.head_l{int(found[1]) // 2 + 1}.",
+            key,
+        )
 
     def keeps_float32(self, key):
         return key.startswith("value_head.")
@@ -426,7 +512,9 @@ class OpenVLA(nn.Module):
         """Official tensors that OpenVLA never uses: each tower's last block and final norm, SigLIP's attention pool."""
         key = key.removeprefix("vision_backbone.")
         return any(
-            key.startswith((f"{name}.blocks.{len(tower.blocks)}.", f"{name}.norm.", f"{name}.attn_pool."))
+            key.startswith(
+                (f"{name}.blocks.{len(tower.blocks)}.", f"{name}.norm.", f"{name}.attn_pool.")
+            )
             for name, tower in self.vision_backbone.items()
         )
 
@@ -454,7 +542,9 @@ class OpenVLA(nn.Module):
         The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
         """
         if self.tokenizer is None:
-            raise PolicyError(f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file.")
+            raise PolicyError(
+                f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file."
+            )
         prompt = prompt or self.config.get("_prompt", PROMPT)
         for key in {(prompt, text) for text in instructions} - self._prompt_ids.keys():
             self._prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
@@ -462,7 +552,9 @@ class OpenVLA(nn.Module):
         length = max(map(len, rows))
         pad = self.config["pad_token_id"]
         ids = torch.tensor([row[:1] + [pad] * (length - len(row)) + row[1:] for row in rows])
-        mask = torch.tensor([[1] + [0] * (length - len(row)) + [1] * (len(row) - 1) for row in rows])
+        mask = torch.tensor(
+            [[1] + [0] * (length - len(row)) + [1] * (len(row) - 1) for row in rows]
+        )
         return ids.to(self.device), mask.to(self.device)
 
     # -------------------------------------------------------------------- the distribution
@@ -479,9 +571,15 @@ class OpenVLA(nn.Module):
 
     def _layout(self, attention_mask, num_patches):
         """What each of L + 6 positions may see, (B, 1, L+6, L+6) bool, and its rotary position (pads do not count)."""
-        patches, actions = attention_mask.new_ones(len(attention_mask), num_patches + 6).split([num_patches, 6], 1)
-        valid = torch.cat([attention_mask[:, :1], patches, attention_mask[:, 1:], actions], 1)  # (B, L + 6)
-        causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
+        patches, actions = attention_mask.new_ones(len(attention_mask), num_patches + 6).split(
+            [num_patches, 6], 1
+        )
+        valid = torch.cat(
+            [attention_mask[:, :1], patches, attention_mask[:, 1:], actions], 1
+        )  # (B, L + 6)
+        causal = torch.ones(
+            valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device
+        ).tril()
         return causal & valid.bool()[:, None, None, :], valid.cumsum(1) - 1
 
     def _llama(self, x, mask, positions, cache=None):
@@ -489,16 +587,29 @@ class OpenVLA(nn.Module):
         llama = self.language_model.model
         rotary = llama.rotary_emb(x, positions)
         for layer in llama.layers:
-            kwargs = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+            kwargs = {
+                "attention_mask": mask,
+                "position_embeddings": rotary,
+                "past_key_values": cache,
+            }
             x = run(layer, x, self.gradient_checkpointing, **kwargs)
         return llama.norm(x)
 
     def _logits(self, hidden):
         """(..., H) -> float32 logits (..., 256) of the action columns: the one place where the distribution is made."""
-        head, columns, hidden = self.language_model.lm_head, slice(self.action_begin, self.action_end), hidden.float()
+        head, columns, hidden = (
+            self.language_model.lm_head,
+            slice(self.action_begin, self.action_end),
+            hidden.float(),
+        )
         logits = F.linear(hidden, head.weight[columns].float())
-        if isinstance(head, LoraLayer):  # only the rows of B that we need; peft would compute the whole vocabulary
-            a, b = head.lora_A["default"].weight.float(), head.lora_B["default"].weight[columns].float()
+        if isinstance(
+            head, LoraLayer
+        ):  # only the rows of B that we need; peft would compute the whole vocabulary
+            a, b = (
+                head.lora_A["default"].weight.float(),
+                head.lora_B["default"].weight[columns].float(),
+            )
             logits = logits + head.scaling["default"] * F.linear(F.linear(hidden, a), b)
         return logits
 
@@ -513,7 +624,9 @@ class OpenVLA(nn.Module):
         mask, positions = self._layout(attention_mask, x.shape[1] - input_ids.shape[1])
         x = torch.cat([x, self.language_model.model.embed_tokens(action_tokens[:, :6])], 1)
         hidden = self._llama(x, mask, positions)[:, -7:]
-        return self._logits(hidden), self._value(hidden[:, 0].detach() if self.detach_value else hidden[:, 0])
+        return self._logits(hidden), self._value(
+            hidden[:, 0].detach() if self.detach_value else hidden[:, 0]
+        )
 
     def action_logits(self, pixel_values, input_ids, attention_mask, action_tokens):
         """Teacher-forced logits (B, 7, 256) float32 of the action tokens, in the order of their ids."""
@@ -553,7 +666,9 @@ class OpenVLA(nn.Module):
     def use_norm_stats(self, key):
         """Choose the data set whose percentiles scale the actions."""
         self.unnorm_key, action = key, self.config["norm_stats"][key]["action"]
-        self._q01, self._q99 = (torch.tensor(action[name], dtype=torch.float64) for name in ("q01", "q99"))
+        self._q01, self._q99 = (
+            torch.tensor(action[name], dtype=torch.float64) for name in ("q01", "q99")
+        )
         self._scaled = torch.tensor(action["mask"])  # False: the gripper, which stays as decoded
         self._edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
         self._centers = (self._edges[1:] + self._edges[:-1]) / 2  # one fewer than there are tokens
@@ -561,8 +676,12 @@ class OpenVLA(nn.Module):
     def env_action(self, tokens):
         """(B, 7) ids -> (B, 7) float64: metres and radians by the 1st/99th percentile of the data, gripper -1/+1."""
         unit = self._centers[(self.action_end - 1 - tokens.cpu()).clamp(0, len(self._centers) - 1)]
-        action = torch.where(self._scaled, 0.5 * (unit + 1) * (self._q99 - self._q01) + self._q01, unit)
-        is_open = action[:, 6] > 0.5 * (self._q01 + self._q99)[6]  # midway: the data's gripper is 0..1, or -1..1
+        action = torch.where(
+            self._scaled, 0.5 * (unit + 1) * (self._q99 - self._q01) + self._q01, unit
+        )
+        is_open = (
+            action[:, 6] > 0.5 * (self._q01 + self._q99)[6]
+        )  # midway: the data's gripper is 0..1, or -1..1
         action[:, 6] = torch.where(is_open, 1.0, -1.0)
         return action.to(tokens.device)
 
@@ -599,11 +718,15 @@ class OpenVLA(nn.Module):
         """
         tokens = self.bin_tokens(unit[:, 0])
         first, last = self.action_begin, self.action_end - 1
-        read = (tokens + (torch.randn(tokens.shape, device=self.device) * jitter).round().long()).clamp(first, last)
+        read = (
+            tokens + (torch.randn(tokens.shape, device=self.device) * jitter).round().long()
+        ).clamp(first, last)
         if jitter:
             anywhere = torch.rand(tokens.shape, device=self.device) < 0.1
             read = torch.where(anywhere, torch.randint_like(tokens, first, last + 1), read)
-        logits = self.action_logits(self.preprocess(obs["rgb"]), *self.tokenize(instructions, prompt), read)  # (B, 7, 256)
+        logits = self.action_logits(
+            self.preprocess(obs["rgb"]), *self.tokenize(instructions, prompt), read
+        )  # (B, 7, 256)
         distance = (tokens - first)[..., None] - torch.arange(logits.shape[-1], device=self.device)
         target = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
@@ -612,14 +735,18 @@ class OpenVLA(nn.Module):
     @torch.no_grad()
     def act(self, obs, instructions, temperature=1.0):
         """rgb (B, H, W, 3) uint8 and B instructions -> Decision."""
-        tokens, logprob, value = self.decode(self.preprocess(obs["rgb"]), *self.tokenize(instructions), temperature)
+        tokens, logprob, value = self.decode(
+            self.preprocess(obs["rgb"]), *self.tokenize(instructions), temperature
+        )
         return Decision(self.env_action(tokens).float()[:, None], tokens, logprob, value)
 
     def evaluate(self, obs, instructions, latent):
         """The same observation and action tokens (B, 7) -> Evaluation, with gradient."""
         logits, value = self(self.preprocess(obs["rgb"]), *self.tokenize(instructions), latent)
         logp = logits.log_softmax(-1)  # (B, 7, 256)
-        logprob = logp.gather(-1, (latent - self.action_begin)[..., None]).squeeze(-1).sum(1)  # (B, 7) -> (B,)
+        logprob = (
+            logp.gather(-1, (latent - self.action_begin)[..., None]).squeeze(-1).sum(1)
+        )  # (B, 7) -> (B,)
         entropy = -(logp.exp() * logp).sum(-1).mean(1)  # (B, 7) -> (B,)
         return Evaluation(logits, logprob, entropy, value)
 
@@ -686,11 +813,17 @@ class Prefix(NamedTuple):
     def take(self, inds):
         """The rows `inds` (n,) of the batch."""
         mask = self.mask[inds.to(self.mask.device)]
-        return Prefix(self.hidden[inds], mask, Recorder({i: (k[inds], v[inds]) for i, (k, v) in self.kv.items()}))
+        return Prefix(
+            self.hidden[inds],
+            mask,
+            Recorder({i: (k[inds], v[inds]) for i, (k, v) in self.kv.items()}),
+        )
 
     def update(self, k, v, layer_idx):
         """The action expert's cache: its own keys behind the VLM's. Nothing is stored, so it serves any number of steps."""
-        return tuple(torch.cat([old.to(new.dtype), new], 2) for old, new in zip(self.kv[layer_idx], (k, v)))
+        return tuple(
+            torch.cat([old.to(new.dtype), new], 2) for old, new in zip(self.kv[layer_idx], (k, v))
+        )
 
 
 class AdaRMSNorm(nn.Module):
@@ -736,7 +869,12 @@ class Pi0(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.name, self.commit, self.directory = config, config["model_type"], None, None
+        self.config, self.name, self.commit, self.directory = (
+            config,
+            config["model_type"],
+            None,
+            None,
+        )
         c = SimpleNamespace(**config)
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
@@ -770,7 +908,9 @@ class Pi0(nn.Module):
         parts = {
             "vision_tower": nn.ModuleDict({"vision_model": tower}),
             "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(c.vis_width, c.vlm_width)}),
-            "language_model": decoder(GemmaDecoderLayer, GemmaRMSNorm, gemma(c.vlm_width, c.vlm_mlp)),
+            "language_model": decoder(
+                GemmaDecoderLayer, GemmaRMSNorm, gemma(c.vlm_width, c.vlm_mlp)
+            ),
         }
         kinds = (AdaDecoderLayer, AdaRMSNorm) if self.pi05 else (GemmaDecoderLayer, GemmaRMSNorm)
         self.paligemma_with_expert = nn.ModuleDict({
@@ -789,7 +929,12 @@ class Pi0(nn.Module):
         sizes = [c.vlm_width if self.pi05 else c.exp_width, *c.value_head_hidden, 1]
         layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
         self.value_head = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
-        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = None, None, {}, None
+        self.tokenizer, self.tokenizer_file, self._prompt_ids, self.lora_config = (
+            None,
+            None,
+            {},
+            None,
+        )
         self.detach_value = False
 
     @property
@@ -802,7 +947,10 @@ class Pi0(nn.Module):
         """Of the VLM's last layer the actions read keys and values alone; the rest learns through pi0.5's critic or not."""
         self._detach_value, idle = detach, detach or not self.pi05
         last = f"language_model.layers.{self.config['depth'] - 1}."
-        last = [last + part for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")]
+        last = [
+            last + part
+            for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
+        ]
         for key, p in self.named_parameters():
             if any(part in key for part in (*last, "language_model.norm.")):
                 p.requires_grad_(not idle and (self.lora_config is None or ".lora_" in key))
@@ -810,7 +958,9 @@ class Pi0(nn.Module):
     @staticmethod
     def rename(key):
         """The name here of a checkpoint's tensor: lerobot puts "model." in front; the tied embedding has two names."""
-        return key.removeprefix("model.").replace(".model.language_model.embed_tokens.", ".lm_head.")
+        return key.removeprefix("model.").replace(
+            ".model.language_model.embed_tokens.", ".lm_head."
+        )
 
     def is_dead(self, key):
         """Tensors that are in the files but in no computation: the expert's lm_head, and Flow-Noise's head."""
@@ -833,7 +983,9 @@ class Pi0(nn.Module):
                 module.dense.bias.data[-module.dense.in_features :] = 1.0
         paligemma = self.paligemma_with_expert["paligemma"]
         nn.init.normal_(paligemma["lm_head"].weight, std=self.config["vlm_width"] ** -0.5)
-        position = paligemma["model"]["vision_tower"]["vision_model"]["embeddings"]["position_embedding"].weight
+        position = paligemma["model"]["vision_tower"]["vision_model"]["embeddings"][
+            "position_embedding"
+        ].weight
         position.data = grid_waves(*position.shape)
         for layer in paligemma["model"]["language_model"]["layers"]:  # attention starts by content
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
@@ -855,7 +1007,11 @@ class Pi0(nn.Module):
         )  # fmt: skip
         self.lora_config.modules_to_save = None  # PEFT would train copies of them
         inject_lora(self, self.lora_config)
-        parts = {key.removeprefix("paligemma_with_expert.").split(".")[0] for key in self.state_dict() if self.in_adapter(key)}
+        parts = {
+            key.removeprefix("paligemma_with_expert.").split(".")[0]
+            for key in self.state_dict()
+            if self.in_adapter(key)
+        }
         self.lora_config.modules_to_save = sorted(parts - {"paligemma"})
         for key, p in self.named_parameters():
             p.requires_grad_(self.in_adapter(key) or key.startswith("value_head."))
@@ -887,7 +1043,12 @@ class Pi0(nn.Module):
         model = self.paligemma_with_expert["paligemma"]["model"]
         tower = model["vision_tower"]["vision_model"]
         position = tower["embeddings"]["position_embedding"].weight
-        x = tower["embeddings"]["patch_embedding"](images.to(position.dtype)).flatten(2).transpose(1, 2) + position
+        x = (
+            tower["embeddings"]["patch_embedding"](images.to(position.dtype))
+            .flatten(2)
+            .transpose(1, 2)
+            + position
+        )
         for layer in tower["encoder"]["layers"]:
             x = run(layer, x, self.gradient_checkpointing, attention_mask=None)
         return model["multi_modal_projector"]["linear"](tower["post_layernorm"](x))
@@ -906,19 +1067,28 @@ class Pi0(nn.Module):
         seen = self._see(images[there])  # (n, T, W)
         vision = seen.new_zeros(*there.shape, *seen.shape[1:])  # (B, C, T, W)
         vision[there] = seen
-        x = torch.cat([vision.flatten(1, 2), paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5], 1)
+        x = torch.cat(
+            [vision.flatten(1, 2), paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5],
+            1,
+        )
         mask = torch.cat([there.repeat_interleave(seen.shape[1], 1), token_mask], 1)  # (B, P)
         rotary = self._rotary(mask.cumsum(1) - 1, x)  # padding does not count
         kv, visible = Recorder(), mask[:, None, None].to(x.device)  # everything sees everything
         for layer in paligemma["model"]["language_model"]["layers"]:
-            kwargs = {"attention_mask": visible, "position_embeddings": rotary, "past_key_values": kv}
+            kwargs = {
+                "attention_mask": visible,
+                "position_embeddings": rotary,
+                "past_key_values": kv,
+            }
             x = run(layer, x, self.gradient_checkpointing, **kwargs)
         return Prefix(paligemma["model"]["language_model"]["norm"](x), mask, kv)
 
     def _time_embedding(self, t):
         """(B,) -> (B, W) sines and cosines. In float64: the fastest has a frequency of 1571, and float32 is 3e-4 off in v."""
         low, high = self.config["time_min_period"], self.config["time_max_period"]
-        fraction = torch.linspace(0, 1, self.config["exp_width"] // 2, dtype=torch.float64, device=t.device)
+        fraction = torch.linspace(
+            0, 1, self.config["exp_width"] // 2, dtype=torch.float64, device=t.device
+        )
         angle = 2 * math.pi * t.double()[:, None] / (low * (high / low) ** fraction)
         return torch.cat([angle.sin(), angle.cos()], 1).float()
 
@@ -936,9 +1106,15 @@ class Pi0(nn.Module):
         if not self.pi05:
             own[0, 1:] = False  # the state sees the prefix and itself; the actions see all
         visible = prefix.mask[:, None].expand(-1, len(own), -1)
-        visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None].to(h.device)  # (B, 1, n, P + n)
+        visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None].to(
+            h.device
+        )  # (B, 1, n, P + n)
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(own), device=own.device)
-        kwargs = {"attention_mask": visible, "position_embeddings": self._rotary(positions, h), "past_key_values": prefix}
+        kwargs = {
+            "attention_mask": visible,
+            "position_embeddings": self._rotary(positions, h),
+            "past_key_values": prefix,
+        }
         expert = self.paligemma_with_expert["gemma_expert"]["model"]
         for layer in expert["layers"]:
             h = layer(h, **condition, **kwargs)
@@ -951,16 +1127,31 @@ class Pi0(nn.Module):
 
     def probe(self):
         """Velocities at 8 fixed inputs: two policies that agree on them are the same."""
-        generator, size, (h, d) = torch.Generator().manual_seed(0), self.image_size, (self.horizon, self.config["action_dim"])
-        images, state, x = (torch.randn(8, *shape, generator=generator) for shape in ((1, 3, size, size), (d,), (h, d)))
+        generator, size, (h, d) = (
+            torch.Generator().manual_seed(0),
+            self.image_size,
+            (self.horizon, self.config["action_dim"]),
+        )
+        images, state, x = (
+            torch.randn(8, *shape, generator=generator)
+            for shape in ((1, 3, size, size), (d,), (h, d))
+        )
         tokens = torch.tensor([[2, 3, 5]] * 8, device=self.device)  # any ids do
-        images, state, x = images.clamp(-1, 1).to(self.device), state.to(self.device), x.to(self.device)
+        images, state, x = (
+            images.clamp(-1, 1).to(self.device),
+            state.to(self.device),
+            x.to(self.device),
+        )
         there = torch.ones(8, 1, dtype=torch.bool, device=self.device)
-        return self.velocity(self.prefix(images, there, tokens, tokens > 0), state, x, torch.linspace(0.1, 1, 8))
+        return self.velocity(
+            self.prefix(images, there, tokens, tokens > 0), state, x, torch.linspace(0.1, 1, 8)
+        )
 
     def _value(self, features):
         """(B, W) float32 -> (B,)."""
-        return self.value_head["mlp"](features.detach() if self.detach_value else features).squeeze(-1)
+        return self.value_head["mlp"](features.detach() if self.detach_value else features).squeeze(
+            -1
+        )
 
     def prefix_value(self, prefix):
         """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
@@ -1005,7 +1196,9 @@ class Pi0(nn.Module):
             v = self.velocity(prefix, state, chain[-1], 1 - k / self.num_steps)
             mean, std = self.transition(chain[-1], v, k, self.num_steps)
             drawn = mean + std * torch.randn_like(mean)
-            chain.append(torch.where(stochastic[:, k, None, None], drawn, chain[-1] - v / self.num_steps))
+            chain.append(
+                torch.where(stochastic[:, k, None, None], drawn, chain[-1] - v / self.num_steps)
+            )
         return torch.stack(chain, 1)
 
     def distribution(self, prefix, state, latent):
@@ -1018,7 +1211,9 @@ class Pi0(nn.Module):
         means, stds, values = [], [], []
         for i in range(latent.shape[1] - 2):
             hidden = self._expert(prefix, state, latent[:, i], 1 - (k + i) / self.num_steps)
-            mean, std = self.transition(latent[:, i], self.action_out_proj(hidden), k + i, self.num_steps)
+            mean, std = self.transition(
+                latent[:, i], self.action_out_proj(hidden), k + i, self.num_steps
+            )
             means.append(mean[:, :chunk, :dims])
             stds.append(std[:, :chunk, :dims])
             # DEVIATION: pi0's V at the stochastic step, also in the rollout, where RLinf takes the mean over all steps.
@@ -1039,7 +1234,11 @@ class Pi0(nn.Module):
         scale = max(height, width) / size
         height, width = int(height / scale), int(width / scale)
         if x.shape[-2:] != (size, size) or height != width:
-            x = F.interpolate(x, (height, width), mode="bilinear", antialias=True).clamp(0, 255).round()
+            x = (
+                F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+                .clamp(0, 255)
+                .round()
+            )
             top, left = (size - height) // 2, (size - width) // 2
             x = F.pad(x, (left, size - width - left, top, size - height - top))
         return x / 127.5 - 1
@@ -1052,7 +1251,9 @@ class Pi0(nn.Module):
         if state is None:
             return [text, "\n"]
         edges = torch.linspace(-1, 1, 257, dtype=torch.float64)[:-1]
-        bins = torch.bucketize(state.double().cpu(), edges, right=True) - 1  # 0 ... 255, and -1 below the range
+        bins = (
+            torch.bucketize(state.double().cpu(), edges, right=True) - 1
+        )  # 0 ... 255, and -1 below the range
         return [f"Task: {text}, State: {' '.join(map(str, bins.tolist()))};\nAction: "]
 
     def tokenize(self, instructions, prompt=None, state=None):
@@ -1072,14 +1273,20 @@ class Pi0(nn.Module):
             pieces = pieces or self.prompt_pieces(instruction, None if state is None else state[i])
             key = tuple(pieces)
             if key not in self._prompt_ids:
-                ids = self.tokenizer(pieces[0]) + [i for piece in pieces[1:] for i in self.tokenizer(piece)[1:]]
+                ids = self.tokenizer(pieces[0]) + [
+                    i for piece in pieces[1:] for i in self.tokenizer(piece)[1:]
+                ]
                 if len(ids) > self.config["max_token_len"]:
-                    raise PolicyError(f"the prompt {pieces} has {len(ids)} tokens, more than {self.config['max_token_len']}.")
+                    raise PolicyError(
+                        f"the prompt {pieces} has {len(ids)} tokens, more than {self.config['max_token_len']}."
+                    )
                 self._prompt_ids[key] = ids
             rows.append(self._prompt_ids[key])
         length = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
-        return tokens, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+        return tokens, torch.tensor(
+            [[True] * len(row) + [False] * (length - len(row)) for row in rows]
+        )
 
     def use_norm_stats(self, key):
         """Choose the data set whose statistics scale states and actions: by mean and std for pi0, quantiles for pi0.5."""
@@ -1088,7 +1295,9 @@ class Pi0(nn.Module):
             stats = self.config["norm_stats"][key][name]
             low, high = ("q01", "q99") if self.pi05 else ("mean", "std")
             if not stats.get(low) or not stats.get(high):
-                raise PolicyError(f"norm_stats.json of {self.name} has no {low} and {high} of {name}, which it scales by.")
+                raise PolicyError(
+                    f"norm_stats.json of {self.name} has no {low} and {high} of {name}, which it scales by."
+                )
             low, high = (torch.tensor(stats[n], dtype=torch.float64) for n in (low, high))
             if name == "actions":
                 low, high = (t[: self.config["action_env_dim"]] for t in (low, high))
@@ -1104,16 +1313,22 @@ class Pi0(nn.Module):
     def _stats(self, name, dims):
         """Centre and scale (dims,) float64 of `name`."""
         if not self._affine:
-            raise PolicyError(f"{self.name} has no norm_stats.json, so it cannot scale actions; put its data set's there.")
+            raise PolicyError(
+                f"{self.name} has no norm_stats.json, so it cannot scale actions; put its data set's there."
+            )
         center, scale = self._affine[name]
         if len(center) < dims:
-            raise PolicyError(f"norm_stats.json of {self.name} knows {len(center)} dimensions of {name}, not {dims}.")
+            raise PolicyError(
+                f"norm_stats.json of {self.name} knows {len(center)} dimensions of {name}, not {dims}."
+            )
         return center[:dims], scale[:dims]
 
     def normalize(self, name, x):
         """("state" or "actions", (..., n) in its units) -> (..., D) float64: scaled, then zeros up to the model's width."""
         center, scale = self._stats(name, x.shape[-1])
-        return F.pad((x.double().cpu() - center) / scale, (0, self.config["action_dim"] - x.shape[-1]))
+        return F.pad(
+            (x.double().cpu() - center) / scale, (0, self.config["action_dim"] - x.shape[-1])
+        )
 
     def unnormalize(self, x):
         """Actions of the model (..., D) -> (..., 7) float64 in the units of the data."""
@@ -1134,7 +1349,10 @@ class Pi0(nn.Module):
     def vision_parts(self):
         """The modules whose outputs are the patch features (B, n, D): of the tower; as Gemma gets them."""
         model = self.paligemma_with_expert["paligemma"]["model"]
-        return [model["vision_tower"]["vision_model"]["post_layernorm"], model["multi_modal_projector"]["linear"]]
+        return [
+            model["vision_tower"]["vision_model"]["post_layernorm"],
+            model["multi_modal_projector"]["linear"],
+        ]
 
     def word_embeddings(self):
         """(vocabulary, W)."""
@@ -1148,17 +1366,27 @@ class Pi0(nn.Module):
         """
         prefix, state = self._observe(obs, instructions, prompt)
         unit = torch.cat([unit, unit[:, -1:].expand(-1, self.horizon - unit.shape[1], -1)], 1)
-        actions = F.pad(unit, (0, self.config["action_dim"] - unit.shape[-1])).float().to(self.device)
+        actions = (
+            F.pad(unit, (0, self.config["action_dim"] - unit.shape[-1])).float().to(self.device)
+        )
         inds = torch.arange(len(actions), device=self.device).repeat(draws)
         noise = torch.randn(len(inds), *actions.shape[1:], device=self.device)
         t = 0.999 * torch.distributions.Beta(1.5, 1.0).sample((len(inds),)).to(self.device) + 0.001
-        return self.flow_loss(prefix.take(inds), None if state is None else state[inds], actions[inds], noise, t).mean()
+        return self.flow_loss(
+            prefix.take(inds), None if state is None else state[inds], actions[inds], noise, t
+        ).mean()
 
     # -------------------------------------------------------------------- the interface of ppo_pair.py
     def _observe(self, obs, instructions, prompt=None):
         """-> Prefix, state (B, D) or None."""
-        state = self.normalize("state", obs["state"]).float().to(self.device) if self.reads_state else None
-        in_prompt = state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
+        state = (
+            self.normalize("state", obs["state"]).float().to(self.device)
+            if self.reads_state
+            else None
+        )
+        in_prompt = (
+            state[:, : obs["state"].shape[1]] if self.config["discrete_state_input"] else None
+        )
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
         there = torch.ones(len(images), 1, dtype=torch.bool)
         return self.prefix(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
@@ -1180,7 +1408,9 @@ class Pi0(nn.Module):
         m = n if self.config["sde_steps"] == "all" else 1
         k = torch.randint(n - m + 1, (b, 1), device=self.device)
         visited = k + torch.arange(m + 1, device=self.device)  # (B, m + 1) places in the chain
-        stochastic = torch.zeros(b, n + 1, dtype=torch.bool, device=self.device).scatter(1, visited[:, :-1], True)[:, :n]
+        stochastic = torch.zeros(b, n + 1, dtype=torch.bool, device=self.device).scatter(
+            1, visited[:, :-1], True
+        )[:, :n]
         chain = self.sde(prefix, state, noise, stochastic)
         plane = k[..., None, None].expand_as(chain[:, :1]).float()
         latent = torch.cat([chain[torch.arange(b, device=self.device)[:, None], visited], plane], 1)
@@ -1191,12 +1421,16 @@ class Pi0(nn.Module):
         """Log density (B,) float32 of the transitions in `latent`, SUMMED over them, executed steps and 7 dimensions."""
         after = latent[:, 1:-1, : self.chunk, : self.config["action_env_dim"]]
         mean, std = dist.unbind(1)
-        return (-0.5 * ((after - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+        return (-0.5 * ((after - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(
+            (1, 2, 3)
+        )
 
     def evaluate(self, obs, instructions, latent):
         """The same observation, or another view of it, and latent -> Evaluation, with gradient."""
         dist, value = self.distribution(*self._observe(obs, instructions), latent)
-        entropy = (dist[:, 1].log() + 0.5 * math.log(2 * math.pi * math.e)).mean((1, 2, 3))  # fixed by the schedule
+        entropy = (dist[:, 1].log() + 0.5 * math.log(2 * math.pi * math.e)).mean(
+            (1, 2, 3)
+        )  # fixed by the schedule
         return Evaluation(dist, self.logprob(dist, latent), entropy, value)
 
     def kl(self, p, q):
@@ -1224,7 +1458,9 @@ class WordTokenizer:
         words = re.findall(r"<out>|\w+", text.lower().replace("out:", "<out>"))
         for word in words:
             if word not in self.ids:
-                raise PolicyError(f"the word {word!r} is not in this policy's vocabulary (_word_vocab in config.json).")
+                raise PolicyError(
+                    f"the word {word!r} is not in this policy's vocabulary (_word_vocab in config.json)."
+                )
         return [self.ids[word] for word in ["<s>", *words]]
 
 
@@ -1237,7 +1473,9 @@ class LlamaTokenizer:
     def __call__(self, text):
         ids = self.tokenizer.encode(text).ids
         if ids[0] != 1 or (text.endswith("Out: ") and ids[-1] != 29871):
-            raise PolicyError(f"tokenizer.json is not Llama-2's: a prompt became {ids}, not BOS 1 ... 29871.")
+            raise PolicyError(
+                f"tokenizer.json is not Llama-2's: a prompt became {ids}, not BOS 1 ... 29871."
+            )
         return ids
 
 
@@ -1247,7 +1485,9 @@ class PaliGemmaTokenizer:
     def __init__(self, file):
         self.tokenizer = Tokenizer.from_file(str(file))
         if self("\n") != [2, 108]:
-            raise PolicyError(f"{file} is not PaliGemma's tokenizer: a line feed becomes {self(chr(10))}, not BOS 2 and 108.")
+            raise PolicyError(
+                f"{file} is not PaliGemma's tokenizer: a line feed becomes {self(chr(10))}, not BOS 2 and 108."
+            )
 
     def __call__(self, text):
         return [2, *self.tokenizer.encode(text, add_special_tokens=False).ids]
@@ -1256,12 +1496,20 @@ class PaliGemmaTokenizer:
 def download(repo, revision, patterns):
     """Those files of a Hub repository, from the cache or the network -> their directory, named after the commit."""
     try:
-        offline = constants.HF_HUB_OFFLINE  # without the hint, a commit of an older cache is looked up on the network
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        offline = (
+            constants.HF_HUB_OFFLINE
+        )  # without the hint, a commit of an older cache is looked up on the network
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, local_files_only=offline
+            )
+        )
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it is private (`hf auth login`)"
     except LocalEntryNotFoundError:
-        reason = "it is not in the cache, and the Hub is out of reach (no network, or HF_HUB_OFFLINE=1)"
+        reason = (
+            "it is not in the cache, and the Hub is out of reach (no network, or HF_HUB_OFFLINE=1)"
+        )
     except Exception as error:  # a full disk, a wrong revision, ...: of the Hub's client, httpx, or the operating system
         reason = " ".join(str(error).split())[:200]
     raise PolicyError(f"{repo} is neither a directory here nor to be had from the Hub: {reason}.")
@@ -1277,7 +1525,9 @@ def find_checkpoint(name, hub):
     repo, _, revision = str(name).partition("@")
     if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise PolicyError(f"there is no checkpoint directory {name}.")
-    directory = download(repo, revision or None, ["*.json", "adapter_model*", "value_head*", "training_state.pt"])
+    directory = download(
+        repo, revision or None, ["*.json", "adapter_model*", "value_head*", "training_state.pt"]
+    )
     return directory, repo, directory.name
 
 
@@ -1291,13 +1541,19 @@ def read_json(file):
 def open_tensors(directory, stem):
     """The tensors of STEM.safetensors, or of the shards in its index: {key: slice}. Reads headers; slice[:] reads data."""
     index = directory / f"{stem}.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+    names = (
+        sorted(set(read_json(index)["weight_map"].values()))
+        if index.is_file()
+        else [f"{stem}.safetensors"]
+    )
     found = {}
     for name in names:
         try:
             file = safe_open(directory / name, "pt")  # checks the file's length against its header
         except (OSError, SafetensorError) as error:
-            raise PolicyError(f"{directory / name} is missing, truncated or no safetensors file ({error}).") from None
+            raise PolicyError(
+                f"{directory / name} is missing, truncated or no safetensors file ({error})."
+            ) from None
         found |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     return found
 
@@ -1306,11 +1562,17 @@ def check_tensors(found, wanted, where):
     """Strict: shapes in the files {key: [...]} and tensors of the model {key: tensor} must agree. Names the first offender."""
     for key in sorted(found.keys() | wanted.keys()):
         if key not in found:
-            raise PolicyError(f"{where} lacks the tensor {key}; is it a checkpoint of another model?")
+            raise PolicyError(
+                f"{where} lacks the tensor {key}; is it a checkpoint of another model?"
+            )
         if key not in wanted:
-            raise PolicyError(f"{where} has the tensor {key}, which this model has not; is it of another model?")
+            raise PolicyError(
+                f"{where} has the tensor {key}, which this model has not; is it of another model?"
+            )
         if list(found[key]) != list(wanted[key].shape):
-            raise PolicyError(f"{where}: {key} has the shape {list(found[key])}, not {list(wanted[key].shape)}.")
+            raise PolicyError(
+                f"{where}: {key} has the shape {list(found[key])}, not {list(wanted[key].shape)}."
+            )
 
 
 def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu", unnorm_key=None, lora_rank=0,
@@ -1330,29 +1592,45 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings:
         if name not in FLOW_SETTINGS or model is OpenVLA:
-            raise PolicyError(f"--{name.replace('_', '-')} is no setting of the backbone {backbone}; leave it out.")
+            raise PolicyError(
+                f"--{name.replace('_', '-')} is no setting of the backbone {backbone}; leave it out."
+            )
     if checkpoint is None and backbone in DEFAULT_CHECKPOINT:
         checkpoint = DEFAULT_CHECKPOINT[backbone]
-    directory, name, commit = find_checkpoint(checkpoint, hub=not tiny) if checkpoint else (None, backbone, None)
+    directory, name, commit = (
+        find_checkpoint(checkpoint, hub=not tiny) if checkpoint else (None, backbone, None)
+    )
     adapter = None
     if directory and (directory / "SHA256SUMS").is_file():
         verify(directory)
     if directory and (directory / "adapter_config.json").is_file():
         adapter, peft_config = directory, read_json(directory / "adapter_config.json")
         if not base and not peft_config.get("base_model_name_or_path"):
-            raise PolicyError(f"{adapter} is an adapter that does not name its base model; pass base=DIRECTORY.")
-        base = base or "@".join(filter(None, [peft_config["base_model_name_or_path"], peft_config.get("revision")]))
+            raise PolicyError(
+                f"{adapter} is an adapter that does not name its base model; pass base=DIRECTORY."
+            )
+        base = base or "@".join(
+            filter(None, [peft_config["base_model_name_or_path"], peft_config.get("revision")])
+        )
         directory, name, commit = find_checkpoint(base, hub=not tiny)
     if directory is None and lora_rank:
-        raise PolicyError("LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter.")
+        raise PolicyError(
+            "LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter."
+        )
 
     if commit and model is Pi0:  # only the names of its tensors say what it is
         download(name, commit, ["model*.safetensors"])
-    config = read_config(backbone, directory) if model is OpenVLA else read_pi_config(backbone, adapter, directory, settings)
+    config = (
+        read_config(backbone, directory)
+        if model is OpenVLA
+        else read_pi_config(backbone, adapter, directory, settings)
+    )
     config["norm_stats"], default_key = read_norm_stats(config, directory, adapter)
     unnorm_key = unnorm_key or default_key
     if unnorm_key not in config["norm_stats"] and (model is OpenVLA or config["norm_stats"]):
-        raise PolicyError(f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(config['norm_stats'])}.")
+        raise PolicyError(
+            f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(config['norm_stats'])}."
+        )
 
     if dtype is None:
         dtype = torch.float32 if tiny or torch.device(device).type == "cpu" else torch.bfloat16
@@ -1362,7 +1640,11 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     policy.name, policy.commit, policy.directory = name, commit, directory
     if unnorm_key in config["norm_stats"]:  # without any, pi0 can be loaded, but not act
         policy.use_norm_stats(unnorm_key)
-    files = [Path(tokenizer)] if tokenizer else [d / "tokenizer.json" for d in (adapter, directory) if d]
+    files = (
+        [Path(tokenizer)]
+        if tokenizer
+        else [d / "tokenizer.json" for d in (adapter, directory) if d]
+    )
     files = [file for file in files if file.is_file()]
     if tokenizer and not files:
         raise PolicyError(f"--tokenizer {tokenizer}: there is no such file; give a tokenizer.json.")
@@ -1381,14 +1663,28 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
 
 def read_config(backbone, directory):
     """config.json of a checkpoint, or the tiny preset. Refuses another backbone's."""
-    config = read_json(directory / "config.json") if directory else json.loads(json.dumps(OPENVLA_TINY))
+    config = (
+        read_json(directory / "config.json") if directory else json.loads(json.dumps(OPENVLA_TINY))
+    )
     kind = config.get("model_type", config.get("type"))
-    kind = "openvla-tiny" if kind == "openvla" and "_word_vocab" in config else kind or "a model that it does not name"
+    kind = (
+        "openvla-tiny"
+        if kind == "openvla" and "_word_vocab" in config
+        else kind or "a model that it does not name"
+    )
     if kind != backbone:
         raise PolicyError(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}.")
-    missing = {"text_config", "image_sizes", "timm_model_ids", "n_action_bins", "pad_to_multiple_of"} - config.keys()
+    missing = {
+        "text_config",
+        "image_sizes",
+        "timm_model_ids",
+        "n_action_bins",
+        "pad_to_multiple_of",
+    } - config.keys()
     if missing:
-        raise PolicyError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is not OpenVLA's.")
+        raise PolicyError(
+            f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is not OpenVLA's."
+        )
     return config
 
 
@@ -1396,11 +1692,17 @@ def read_norm_stats(config, directory, adapter):
     """The statistics of every data set, from all files that may hold some, and the key to use by default."""
     stats = config.get("norm_stats", {})
     key = "bridge_orig" if "bridge_orig" in stats else None
-    for folder, name in [(directory, "dataset_statistics"), (directory, "norm_stats"), (adapter, "norm_stats")]:
+    for folder, name in [
+        (directory, "dataset_statistics"),
+        (directory, "norm_stats"),
+        (adapter, "norm_stats"),
+    ]:
         if folder and (folder / f"{name}.json").is_file():
             more = read_json(folder / f"{name}.json")
             stats = stats | more
-            key = next(iter(more)) if name == "norm_stats" else key  # ours: it holds just the one it was trained with
+            key = (
+                next(iter(more)) if name == "norm_stats" else key
+            )  # ours: it holds just the one it was trained with
     if directory and not stats:  # openpi's: in a folder named after the data set
         for file in sorted(directory.glob("*/**/norm_stats.json")):
             stats[str(file.parent.relative_to(directory))] = read_json(file)["norm_stats"]
@@ -1417,16 +1719,28 @@ def read_pi_config(backbone, adapter, directory, settings):
             file |= read_json(adapter / "config.json")
         keys = {Pi0.rename(key) for key in open_tensors(directory, "model")}
         kind = {(True, False): "pi0", (False, True): "pi05"}.get(
-            ("action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys), "neither pi0 nor pi05"
+            ("action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys),
+            "neither pi0 nor pi05",
         )
     found = kind + "-tiny" if "_word_vocab" in file else kind
     if found != backbone:
-        raise PolicyError(f"{directory} is a checkpoint of {found}, not of the backbone {backbone}.")
+        raise PolicyError(
+            f"{directory} is a checkpoint of {found}, not of the backbone {backbone}."
+        )
     known = PI | PI_KIND[kind]
-    config = known | {key: value for key, value in file.items() if key in known or key in ("norm_stats", "_word_vocab")}
-    config |= {"model_type": kind} | {FLOW_SETTINGS[name]: value for name, value in settings.items()}
+    config = known | {
+        key: value
+        for key, value in file.items()
+        if key in known or key in ("norm_stats", "_word_vocab")
+    }
+    config |= {"model_type": kind} | {
+        FLOW_SETTINGS[name]: value for name, value in settings.items()
+    }
     for wrong, sentence in (
-        (not 1 <= config["action_chunk"] <= config["action_horizon"], "--replan must be 1 to --horizon"),
+        (
+            not 1 <= config["action_chunk"] <= config["action_horizon"],
+            "--replan must be 1 to --horizon",
+        ),
         (config["num_denoise_steps"] < 1, "--denoise-steps must be at least 1"),
         (config["noise_level"] <= 0, "--noise-level must be positive"),
         (config["sde_steps"] not in ("one", "all"), "--sde-steps must be one or all"),
@@ -1450,10 +1764,17 @@ def load_weights(model, config, directory, dtype, device):
     found = {policy.rename(key): entry for key, entry in open_tensors(directory, "model").items()}
     found = {key: entry for key, entry in found.items() if not policy.is_dead(key)}
     if (directory / "value_head.safetensors").is_file():
-        found |= {f"value_head.{key}": entry for key, entry in open_tensors(directory, "value_head").items()}
+        found |= {
+            f"value_head.{key}": entry
+            for key, entry in open_tensors(directory, "value_head").items()
+        }
     wanted = policy.state_dict()
-    if not any(key.startswith("value_head.") for key in found):  # the published checkpoints have none: a fresh one
-        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith("value_head.")}
+    if not any(
+        key.startswith("value_head.") for key in found
+    ):  # the published checkpoints have none: a fresh one
+        wanted = {
+            key: tensor for key, tensor in wanted.items() if not key.startswith("value_head.")
+        }
         policy.value_head.to_empty(device=device)
         policy.init_value_head()
     check_tensors({key: entry.get_shape() for key, entry in found.items()}, wanted, directory)
@@ -1462,7 +1783,9 @@ def load_weights(model, config, directory, dtype, device):
         to = torch.float32 if policy.keeps_float32(key) else dtype
         state[key] = entry[:].to(device, to, copy=True)  # no view of the file remains
     policy.load_state_dict(state, strict=False, assign=True)
-    if model is OpenVLA:  # computed, not stored; stays float32: bfloat16 frequencies are off by up to 0.35 rad
+    if (
+        model is OpenVLA
+    ):  # computed, not stored; stays float32: bfloat16 frequencies are off by up to 0.35 rad
         llama = policy.language_model.model
         llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
     return policy
@@ -1477,7 +1800,9 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
         ("targets", targets and sorted(targets), sorted(lora_config.target_modules)),
     ):
         if asked and asked != own:
-            raise PolicyError(f"{directory} holds an adapter with LoRA {name} {own}, not {asked}; pass --lora-{name} so.")
+            raise PolicyError(
+                f"{directory} holds an adapter with LoRA {name} {own}, not {asked}; pass --lora-{name} so."
+            )
     lora_config.inference_mode = False
     policy.add_lora(lora_config=lora_config)
     own = {key: tensor for key, tensor in policy.state_dict().items() if policy.in_adapter(key)}
@@ -1493,7 +1818,9 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
     if (directory / "value_head.safetensors").is_file():
         file = directory / "value_head.safetensors"
         state = {key: entry[:] for key, entry in open_tensors(directory, "value_head").items()}
-    elif (directory / "training_state.pt").is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
+    elif (
+        directory / "training_state.pt"
+    ).is_file():  # RL4VLA's: {"vh": the value head, and two optimizers}
         file = directory / "training_state.pt"
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["vh"]
@@ -1501,7 +1828,9 @@ def load_adapter(policy, directory, rank=0, alpha=None, targets=None):
             raise PolicyError(f"{file} is damaged or not RL4VLA's ({error!r}).") from None
     else:
         return  # the base model's value head, or a fresh one
-    check_tensors({key: tensor.shape for key, tensor in state.items()}, policy.value_head.state_dict(), file)
+    check_tensors(
+        {key: tensor.shape for key, tensor in state.items()}, policy.value_head.state_dict(), file
+    )
     policy.value_head.load_state_dict(state)
 
 
@@ -1516,18 +1845,30 @@ def merge(checkpoint: Positional[str], out: Positional[Path], base: str | None =
     options = {"dtype": DTYPES[dtype], "device": device}
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
-        raise PolicyError(f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge.")
+        raise PolicyError(
+            f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge."
+        )
     before = policy.probe()
     for module in policy.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-    state = {key.replace(".base_layer.", "."): t for key, t in policy.state_dict().items() if ".lora_" not in key}
-    value_head = {key.removeprefix("value_head."): state.pop(key) for key in list(state) if "value_head." in key}
+    state = {
+        key.replace(".base_layer.", "."): t
+        for key, t in policy.state_dict().items()
+        if ".lora_" not in key
+    }
+    value_head = {
+        key.removeprefix("value_head."): state.pop(key)
+        for key in list(state)
+        if "value_head." in key
+    }
     for key, entry in open_tensors(policy.directory, "model").items():
         if policy.is_dead(policy.rename(key)):  # the official class wants them, whatever they hold
             state[policy.rename(key)] = entry[:].to(options["dtype"])
     out.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
+    save_torch_state_dict(
+        state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB"
+    )
     save_file(value_head, out / "value_head.safetensors", {"format": "pt"})
     save_config(policy, out)
     if policy.config["norm_stats"]:

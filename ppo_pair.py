@@ -41,8 +41,12 @@ import policies
 import sft
 import views
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
-LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
+RANK, WORLD = (
+    int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+)  # torchrun's
+LOCAL_RANK, LOCAL_WORLD = (
+    int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(("RANK", "WORLD_SIZE"))
+)
 
 # What depends on the backbone: Table 3 of the paper; learning rates are RL4VLA's, for pi0.5 RLinf's (lost in our text
 # of the paper). The tiny presets are ours: README, "What it shows so far".
@@ -72,7 +76,9 @@ TABLE_3 = {
         horizon=8, replan=5, denoise_steps=4, noise_level=0.5, sde_steps="one", detach_sen=True, target_kl=0.04,
     ),
 }  # fmt: skip
-TABLE_3["pi0"] = TABLE_3["pi05"] | dict(update_epochs=4, detach_value=True)  # RLinf's differences; not in the paper
+TABLE_3["pi0"] = TABLE_3["pi05"] | dict(
+    update_epochs=4, detach_value=True
+)  # RLinf's differences; not in the paper
 
 
 @dataclass
@@ -191,7 +197,11 @@ MAY_CHANGE = ("iterations", "resume", "cuda", "track", "save_every", "keep", "ev
 
 
 def train_split(args) -> str:
-    return f"camera+-{args.camera_range:g}:{args.camera_step:g}" if args.pre_view == "camera" else "train"
+    return (
+        f"camera+-{args.camera_range:g}:{args.camera_step:g}"
+        if args.pre_view == "camera"
+        else "train"
+    )
 
 
 def gae(rewards, values, dones, gamma, gae_lambda):
@@ -210,7 +220,9 @@ def ppo_loss(newlogprob, oldlogprob, advantages, clip_coef):
     assert newlogprob.shape == oldlogprob.shape == advantages.shape and newlogprob.ndim == 1
     ratio = (newlogprob - oldlogprob).exp()
     # Eq. (1)  L_PPO = -E[ min(r A, clip(r, 1 - eps_ppo, 1 + eps_ppo) A) ] + value loss,   r = pi_new / pi_old
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages), ratio
+    return -torch.min(
+        ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
+    ), ratio
 
 
 def value_loss(newvalue, oldvalue, returns, value_clip):
@@ -251,9 +263,20 @@ def rollout(args, policy, envs, episode_ids, device, exact=False):
     episode_ids: an iterator over fresh ids. exact: see VecEnv.reset.
     """
     split, view_seconds = train_split(args), envs.view_seconds
-    obs, instructions, latents, logprobs, values, rewards, dones, successes = [], [], [], [], [], [], [], []
+    obs, instructions, latents, logprobs, values, rewards, dones, successes = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for _ in range(args.num_steps // envs.max_episode_steps):
-        next_obs = envs.reset([next(episode_ids) for _ in range(envs.num_envs)], split, exact, args.seed)
+        next_obs = envs.reset(
+            [next(episode_ids) for _ in range(envs.num_envs)], split, exact, args.seed
+        )
         done = torch.tensor([False])
         while not done.all() and not terminated:
             next_obs = {k: v.to(device) for k, v in next_obs.items()}
@@ -272,9 +295,14 @@ def rollout(args, policy, envs, episode_ids, device, exact=False):
     # OPEN: nothing follows the last step (RL4VLA). Adding the critic's guess of what would have come (RLinf) pays for
     # states from which success is merely possible.
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
-    advantages, returns = gae(rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda)
+    advantages, returns = gae(
+        rewards, torch.cat([values, values[:1]]), dones, args.gamma, args.gae_lambda
+    )
     success = torch.stack(successes).to(device)[dones].double()
-    a, y = advantages.double(), returns.double()  # returns - values = advantages: the critic's errors
+    a, y = (
+        advantages.double(),
+        returns.double(),
+    )  # returns - values = advantages: the critic's errors
     sums = [torch.ones_like(a).sum(), a.sum(), (a**2).sum(), y.sum(), (y**2).sum(), success.sum(), rewards.double().sum(),
             torch.ones_like(success).sum()]  # fmt: skip
     n, a, aa, y, yy, success, reward, episodes = all_reduce(torch.stack(sums)).tolist()
@@ -318,18 +346,32 @@ def kl_to_altered(policy, dist, obs, instructions, latent, clip):
     kl = kl.detach()
     if len(below) == 0:
         return kl
-    again = policy.evaluate({k: v[below] for k, v in obs.items()}, [instructions[i] for i in below.tolist()], latent[below])
+    again = policy.evaluate(
+        {k: v[below] for k, v in obs.items()},
+        [instructions[i] for i in below.tolist()],
+        latent[below],
+    )
     return kl.index_put((below,), policy.kl(dist[below], again.dist))
 
 
 def pair_kls(args, policy, dist, obs, instructions, latent, backgrounds):
     """KLs (B,) of `dist`, the distribution at o, from those at o_pre and o_alt -> dict: inv_kl, sen_kl (B,), if asked for."""
-    if len(instructions) == 0:  # none was drawn here; every rank has the same statistics all the same
-        return {name: dist.new_zeros(0) for name, coef in (("inv_kl", args.inv_coef), ("sen_kl", args.sen_coef)) if coef}
+    if (
+        len(instructions) == 0
+    ):  # none was drawn here; every rank has the same statistics all the same
+        return {
+            name: dist.new_zeros(0)
+            for name, coef in (("inv_kl", args.inv_coef), ("sen_kl", args.sen_coef))
+            if coef
+        }
     kls = {}
     if args.inv_coef:
         composite = args.pre_view == "composite"
-        rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], backgrounds) if composite else obs["rgb_pre"]
+        rgb_pre = (
+            views.task_preserving(obs["rgb"], obs["mask"], backgrounds)
+            if composite
+            else obs["rgb_pre"]
+        )
         with torch.no_grad():
             pre = policy.evaluate({**obs, "rgb": rgb_pre}, instructions, latent)
         # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
@@ -348,7 +390,9 @@ def minibatches(args, num_steps, generator):
     what is in a minibatch does not depend on how many ranks there are.
     """
     mine, n = share(args.num_envs), num_steps * args.num_envs
-    order = torch.rand(num_steps, args.num_envs, generator=generator).argsort(0).flatten()  # of each environment's steps
+    order = (
+        torch.rand(num_steps, args.num_envs, generator=generator).argsort(0).flatten()
+    )  # of each environment's steps
     paired = torch.rand(n, generator=generator) < args.pair_fraction
     env = torch.arange(n) % args.num_envs
     inds, ours = order * len(mine) + env - mine.start, (env >= mine.start) & (env < mine.stop)
@@ -364,23 +408,37 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
     """
     device = batch["logprobs"].device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in optimizer.param_groups[0]["params"]:  # the policy's; the other group is the value head's
+    for p in optimizer.param_groups[0][
+        "params"
+    ]:  # the policy's; the other group is the value head's
         p.requires_grad_(not value_only)
     totals, ratio_dev, grad_norms, stop = 0.0, None, [], False
-    for _ in range(args.update_epochs * (4 if value_only else 1)):  # a critic alone can be fitted without fear
-        for mb_inds, mb_paired, mb_size in minibatches(args, len(batch["logprobs"]) // len(share(args.num_envs)), generator):
+    for _ in range(
+        args.update_epochs * (4 if value_only else 1)
+    ):  # a critic alone can be fitted without fear
+        for mb_inds, mb_paired, mb_size in minibatches(
+            args, len(batch["logprobs"]) // len(share(args.num_envs)), generator
+        ):
             sums = 0.0  # over this minibatch, of each statistic and of the samples it is of
-            for inds, paired in zip(mb_inds.split(args.device_batch_size), mb_paired.split(args.device_batch_size)):
+            for inds, paired in zip(
+                mb_inds.split(args.device_batch_size), mb_paired.split(args.device_batch_size)
+            ):
                 instructions = [batch["instructions"][i] for i in inds.tolist()]
                 inds = inds.to(device)
                 obs = {k: v[inds] for k, v in batch["obs"].items()}
                 latent, oldlogprob = batch["latents"][inds], batch["logprobs"][inds]
                 new = policy.evaluate(obs, instructions, latent)
-                pg_loss, ratio = ppo_loss(new.logprob, oldlogprob, batch["advantages"][inds], args.clip_coef)
-                v_loss = value_loss(new.value, batch["values"][inds], batch["returns"][inds], args.value_clip)
+                pg_loss, ratio = ppo_loss(
+                    new.logprob, oldlogprob, batch["advantages"][inds], args.clip_coef
+                )
+                v_loss = value_loss(
+                    new.value, batch["values"][inds], batch["returns"][inds], args.value_clip
+                )
                 if ratio_dev is None:
                     ratio_dev = (ratio - 1).abs().mean().item()
-                    if ratio_dev > (0.01 if policy.dtype == torch.float32 else 0.1):  # bfloat16: 0.03 in 32 layers
+                    if ratio_dev > (
+                        0.01 if policy.dtype == torch.float32 else 0.1
+                    ):  # bfloat16: 0.03 in 32 layers
                         raise sim.Fault(f"update and rollout compute different log-probs (ratio off by {ratio_dev:.3f} "
                                         "before any step): the policy's act and evaluate disagree")  # fmt: skip
                 loss = v_loss if value_only else pg_loss - args.ent_coef * new.entropy + v_loss
@@ -388,23 +446,36 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                              approx_kl=ratio - 1 - (new.logprob - oldlogprob))  # fmt: skip
                 if (args.inv_coef or args.sen_coef) and not value_only:
                     pair = paired.nonzero().squeeze(1)
-                    pair_instructions, pair = [instructions[i] for i in pair.tolist()], pair.to(device)
+                    pair_instructions, pair = (
+                        [instructions[i] for i in pair.tolist()],
+                        pair.to(device),
+                    )
                     kls = pair_kls(args, policy, new.dist[pair], {k: v[pair] for k, v in obs.items()}, pair_instructions,
                                    latent[pair], backgrounds)  # fmt: skip
                     # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
                     if args.inv_coef:
-                        loss = loss.index_add(0, pair, kls["inv_kl"], alpha=args.inv_coef / args.pair_fraction)
+                        loss = loss.index_add(
+                            0, pair, kls["inv_kl"], alpha=args.inv_coef / args.pair_fraction
+                        )
                     if args.sen_coef:
                         sen = kls["sen_kl"].clamp(max=args.sen_clip)
-                        loss = loss.index_add(0, pair, sen, alpha=-args.sen_coef / args.pair_fraction)
+                        loss = loss.index_add(
+                            0, pair, sen, alpha=-args.sen_coef / args.pair_fraction
+                        )
                         kls["sen_clipped"] = kls["sen_kl"] >= args.sen_clip
                     stats |= kls
                     for group, rows in policy.groups(latent[pair]).items():
-                        stats |= {f"{name}_{group}": kls[name][rows] for name in ("inv_kl", "sen_kl") if name in kls}
+                        stats |= {
+                            f"{name}_{group}": kls[name][rows]
+                            for name in ("inv_kl", "sen_kl")
+                            if name in kls
+                        }
                 (loss.sum() / mb_size).backward()
                 stats["loss"] = loss
                 counts = torch.tensor([float(len(v)) for v in stats.values()], device=device)
-                sums = sums + torch.stack([torch.stack([v.detach().float().sum() for v in stats.values()]), counts])  # (2, K)
+                sums = sums + torch.stack(
+                    [torch.stack([v.detach().float().sum() for v in stats.values()]), counts]
+                )  # (2, K)
             if not grad_norms:
                 check_gradients(policy, parameters)
             if WORLD > 1:  # one message per step: all statistics and all gradients
@@ -413,7 +484,9 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                 for part, total in zip(parts, flat.split([part.numel() for part in parts])):
                     part.copy_(total.view_as(part))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            if not torch.isfinite(grad_norm + sums.sum()):  # every rank sees it: a sum with nan or inf in it is one
+            if not torch.isfinite(
+                grad_norm + sums.sum()
+            ):  # every rank sees it: a sum with nan or inf in it is one
                 file = Path(args.run_dir) / f"nonfinite_rank{RANK}.pt"
                 inds = mb_inds.to(device)
                 torch.save(dict({k: v[inds].cpu() for k, v in batch["obs"].items()}, latents=batch["latents"][inds].cpu(),
@@ -431,7 +504,12 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
         if stop:
             break
     means = dict(zip(stats, (totals[0] / totals[1]).tolist()))
-    return dict(means, ratio_dev=ratio_dev, grad_norm=torch.stack(grad_norms).mean().item(), updates=len(grad_norms))
+    return dict(
+        means,
+        ratio_dev=ratio_dev,
+        grad_norm=torch.stack(grad_norms).mean().item(),
+        updates=len(grad_norms),
+    )
 
 
 def check_gradients(policy, parameters):
@@ -440,7 +518,9 @@ def check_gradients(policy, parameters):
     for name, p in policy.named_parameters():
         if p.requires_grad and (id(p) not in known or p.grad is None):
             reason = "gets no gradient" if id(p) in known else "is not on the optimizer"
-            raise sim.Fault(f"the parameter {name} is to be trained but {reason}: freeze it, or use it in the loss")
+            raise sim.Fault(
+                f"the parameter {name} is to be trained but {reason}: freeze it, or use it in the loss"
+            )
 
 
 @torch.no_grad()
@@ -464,10 +544,14 @@ def going_blind(kls, window=5):
 def check_weights(policy):
     """Nothing that is not finite may get into a checkpoint."""
     names, sums = zip(*((name, p.sum()) for name, p in policy.named_parameters()))
-    finite = torch.stack([s.float() for s in sums]).isfinite().tolist()  # one wait for the GPU, not one per weight
+    finite = (
+        torch.stack([s.float() for s in sums]).isfinite().tolist()
+    )  # one wait for the GPU, not one per weight
     if not all(finite):
         name = names[finite.index(False)]
-        raise sim.Fault(f"the weight {name} is not finite: resume from the last checkpoint, or start from another one")
+        raise sim.Fault(
+            f"the weight {name} is not finite: resume from the last checkpoint, or start from another one"
+        )
 
 
 @torch.no_grad()
@@ -506,7 +590,9 @@ def save_checkpoint(run_dir, policy, args, trainer):
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+    return sorted(
+        p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
+    )
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
@@ -526,11 +612,16 @@ def parse(command=None) -> Args:
     if args.resume == "auto":
         runs = [args.run_dir] if args.run_dir else [str(path) for path in Path("runs").glob("*")]
         runs = [run for run in runs if checkpoints(Path(run))]
-        args.resume = max(runs, key=lambda run: checkpoints(Path(run))[-1].stat().st_mtime) if runs else None
+        args.resume = (
+            max(runs, key=lambda run: checkpoints(Path(run))[-1].stat().st_mtime) if runs else None
+        )
     if args.resume:
         file = newest_checkpoint(Path(args.resume)) / "args.json"
         try:
-            saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.read_text()).items()}
+            saved = {
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in json.loads(file.read_text()).items()
+            }
             saved = Args(**{**saved, "run_dir": args.resume, "resume": args.resume})
         except TypeError as error:
             raise sim.Fault(f"{file} is of another version of this program ({error})")
@@ -545,18 +636,34 @@ def parse(command=None) -> Args:
 def main(args: Args):
     if args.backbone not in TABLE_3:
         raise sim.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
-    args = dataclasses.replace(args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None})
-    for name in ("num_envs", "iterations", "batch_size", "device_batch_size", "update_epochs", "save_every", "keep"):
+    args = dataclasses.replace(
+        args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None}
+    )
+    for name in (
+        "num_envs",
+        "iterations",
+        "batch_size",
+        "device_batch_size",
+        "update_epochs",
+        "save_every",
+        "keep",
+    ):
         if getattr(args, name) < 1:
-            raise sim.Fault(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+            raise sim.Fault(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1"
+            )
     if not 0 < args.pair_fraction <= 1:
-        raise sim.Fault(f"--pair-fraction is {args.pair_fraction}: it must be above 0 and at most 1")
+        raise sim.Fault(
+            f"--pair-fraction is {args.pair_fraction}: it must be above 0 and at most 1"
+        )
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
         raise sim.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
                         "each needs an environment, and the batch size must be a multiple of --num-envs")  # fmt: skip
     sim.parse_split(train_split(args))  # is --camera-range possible?
     args.sim = sim.choose_sim(args.sim)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu"
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if RANK == 0:  # the others wait for what it prepares
@@ -570,7 +677,9 @@ def main(args: Args):
         if args.checkpoint is None and args.backbone.endswith("-tiny"):
             args.checkpoint = str(sft.warm_start(args.backbone))
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+        )
     box = [args]
     evaluate.collective(dist.broadcast_object_list, box)
     args, run_dir = box[0], Path(box[0].run_dir)
@@ -585,9 +694,14 @@ def main(args: Args):
     )  # fmt: skip
     policy.detach_value = args.detach_value
     value_head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in value_head)]
+    actor = [
+        p for p in policy.parameters() if p.requires_grad and all(p is not q for q in value_head)
+    ]
     optimizer = torch.optim.AdamW(
-        [dict(params=actor, lr=args.learning_rate), dict(params=value_head, lr=args.value_learning_rate)]
+        [
+            dict(params=actor, lr=args.learning_rate),
+            dict(params=value_head, lr=args.value_learning_rate),
+        ]
     )
     # successes, kls: of every iteration; best: the highest mean of the last 8 successes at a checkpoint, and its iteration
     start, successes, kls, best = 0, [], [], (-1.0, 0)
@@ -595,19 +709,29 @@ def main(args: Args):
         trainer = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(trainer["optimizer"])
         print(f"going on from {resumed}", file=sys.stderr)
-        start, successes, kls, best = (trainer[name] for name in ("iteration", "successes", "kls", "best"))
+        start, successes, kls, best = (
+            trainer[name] for name in ("iteration", "successes", "kls", "best")
+        )
     writer = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1) if RANK == 0 else None
     if args.track and RANK == 0:
         import wandb
 
         wandb.init(project="pair-vla", name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    shared = torch.Generator()  # of the order of the samples: the same on all ranks, where the others' numbers differ
+    shared = (
+        torch.Generator()
+    )  # of the order of the samples: the same on all ranks, where the others' numbers differ
     mine, complete = share(args.num_envs), start  # iterations
 
     def save():
         nonlocal best
         best = max(best, (float(np.mean(successes[-8:])), complete))
-        trainer = dict(optimizer=optimizer.state_dict(), iteration=complete, successes=successes, kls=kls, best=best)
+        trainer = dict(
+            optimizer=optimizer.state_dict(),
+            iteration=complete,
+            successes=successes,
+            kls=kls,
+            best=best,
+        )
         if RANK == 0:
             save_checkpoint(run_dir, policy, args, trainer)
 
@@ -616,8 +740,14 @@ def main(args: Args):
                        alter=views.task_altering if args.sen_coef else None,
                        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None) as envs:  # fmt: skip
         if args.num_steps % envs.max_episode_steps:
-            raise sim.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}")
-        backgrounds = views.backgrounds(envs).to(device) if args.inv_coef and args.pre_view == "composite" else None
+            raise sim.Fault(
+                f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}"
+            )
+        backgrounds = (
+            views.backgrounds(envs).to(device)
+            if args.inv_coef and args.pre_view == "composite"
+            else None
+        )
         obs = {k: v.to(device) for k, v in envs.reset(mine).items()}
         check_weights(policy)
         check_sight(policy, obs, envs.instructions)
@@ -631,23 +761,37 @@ def main(args: Args):
             first = args.seed * 1_000_000 + (iteration - 1) * rounds * args.num_envs
             ids = (first + i * args.num_envs + slot for i in range(rounds) for slot in mine)
             # Contacts that the simulator remembers would make a resumed run differ, by 1e-8 at first
-            batch, stats = rollout(args, policy, envs, ids, device, exact=(iteration - 1) % args.save_every == 0)
+            batch, stats = rollout(
+                args, policy, envs, ids, device, exact=(iteration - 1) % args.save_every == 0
+            )
             if batch is None:
                 break
             t1 = time.time()
             warming = iteration <= args.critic_warmup
             fraction = 1 - (iteration - 1) / args.iterations if args.anneal_lr else 1.0
-            for group, learning_rate in zip(optimizer.param_groups, (args.learning_rate, args.value_learning_rate)):
+            for group, learning_rate in zip(
+                optimizer.param_groups, (args.learning_rate, args.value_learning_rate)
+            ):
                 group["lr"] = fraction * learning_rate
             stats |= update(args, policy, optimizer, batch, backgrounds, warming, shared)
             check_weights(policy)
             if args.inv_coef or args.sen_coef:
                 stats["unrelated_kl"] = unrelated_kl(policy, batch)
                 if not warming:
-                    kls.append([stats[name] for name in ("inv_kl", "sen_kl", "unrelated_kl") if name in stats])
+                    kls.append(
+                        [
+                            stats[name]
+                            for name in ("inv_kl", "sen_kl", "unrelated_kl")
+                            if name in stats
+                        ]
+                    )
             t2 = time.time()
             decisions = len(batch["logprobs"]) * args.num_envs / len(mine)
-            stats |= dict(rollout_seconds=t1 - t0, update_seconds=t2 - t1, decisions_per_second=decisions / (t2 - t0))
+            stats |= dict(
+                rollout_seconds=t1 - t0,
+                update_seconds=t2 - t1,
+                decisions_per_second=decisions / (t2 - t0),
+            )
             successes.append(stats["success"])
             complete = iteration
             if RANK == 0:
@@ -656,7 +800,9 @@ def main(args: Args):
                         writer.add_scalar(f"train/{name}", value, iteration)
                     writer.flush()
                 except OSError as error:
-                    raise sim.Fault(f"the log in {run_dir} could not be written ({error}); no checkpoint is touched")
+                    raise sim.Fault(
+                        f"the log in {run_dir} could not be written ({error}); no checkpoint is touched"
+                    )
                 tqdm.write(health_line(iteration, stats, successes[-8:], warming))
                 progress.update()
             if going_blind(kls):
@@ -670,7 +816,11 @@ def main(args: Args):
     progress.close()
     if complete < args.iterations:
         if RANK == 0:
-            then = f"go on with: python ppo_pair.py --resume {run_dir}" if complete else "nothing is there to resume yet"
+            then = (
+                f"go on with: python ppo_pair.py --resume {run_dir}"
+                if complete
+                else "nothing is there to resume yet"
+            )
             print(f"stopped by SIGTERM after iteration {complete}; {then}")
     elif args.eval_episodes:
         evaluate.main(evaluate.Args(checkpoint=str(checkpoints(run_dir)[-1]), num_episodes=args.eval_episodes,
@@ -703,7 +853,10 @@ def command_line():
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        print("interrupted: every checkpoint saved so far is whole; go on with --resume RUN_DIR", file=sys.stderr)
+        print(
+            "interrupted: every checkpoint saved so far is whole; go on with --resume RUN_DIR",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

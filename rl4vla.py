@@ -15,7 +15,9 @@ import sapien
 import trimesh
 from mani_skill import ASSET_DIR
 from mani_skill.agents.registration import register_agent
-from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import (
+    WidowX250SBridgeDatasetFlatTable,
+)
 from sapien.physx import PhysxRigidDynamicComponent
 from transforms3d.axangles import axangle2mat, mat2axangle
 from transforms3d.euler import mat2euler
@@ -33,7 +35,9 @@ class Rl4vlaPack:
     robot_uid = "widowx_bridge"
     robot_look = dict(specular=0.9, roughness=0.3)
     base_pose = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
-    init_qpos = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037])
+    init_qpos = np.array(
+        [-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037]
+    )
     camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
     camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
     image_size = 224
@@ -60,7 +64,9 @@ class Rl4vlaPack:
 
     @cached_property
     def sizes(self) -> list[np.ndarray]:
-        return [np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for _, entry in self.objects]
+        return [
+            np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for _, entry in self.objects
+        ]
 
     def fault(self) -> str:
         """What is the matter with the files; empty if nothing is."""
@@ -68,11 +74,15 @@ class Rl4vlaPack:
         if not faults:
             return ""
         path, fault = next(iter(faults.items()))
-        return f"{path} {fault}" + (f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else "")
+        return f"{path} {fault}" + (
+            f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else ""
+        )
 
     def lens(self, size: int) -> dict:
         """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
-        fx, fy, cx, cy = np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
+        fx, fy, cx, cy = (
+            np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
+        )
         return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
 
     def radius(self, i: int) -> float:
@@ -88,7 +98,9 @@ class Rl4vlaPack:
         return 0.95 if is_target else 1.0
 
     def _build(self, folder, density, builder, material):
-        builder.add_multiple_convex_collisions_from_file(str(folder / "collision.obj"), material=material, density=density)
+        builder.add_multiple_convex_collisions_from_file(
+            str(folder / "collision.obj"), material=material, density=density
+        )
         (visual,) = folder.glob("textured.*")
         builder.add_visual_from_file(str(visual))
 
@@ -104,7 +116,9 @@ class Rl4vlaPack:
         from PIL import Image
 
         files = sorted((self.folder / "more_table/imgs").glob("*.png"))
-        return np.stack([Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files])
+        return np.stack(
+            [Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files]
+        )
 
 
 @register_agent()
@@ -130,7 +144,9 @@ class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
 
 # ------------------------------------------------------------------------------------------------------ files
 HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
-FILES = Path(__file__).parent / "rl4vla_files.txt"  # what the pack reads: "bytes path" in every line
+FILES = (
+    Path(__file__).parent / "rl4vla_files.txt"
+)  # what the pack reads: "bytes path" in every line
 
 
 def asset_folders() -> dict[str, Path]:
@@ -162,7 +178,9 @@ def faulty_assets() -> dict[Path, str]:
             faults[path] = "is missing"
             continue
         found, wanted = path.stat().st_size, int(size)
-        if wanted == 0 and found != int.from_bytes(path.open("rb").read(12)[8:], "little"):  # a .glb says how long it is
+        if wanted == 0 and found != int.from_bytes(
+            path.open("rb").read(12)[8:], "little"
+        ):  # a .glb says how long it is
             faults[path] = f"has {found} bytes: it is cut off"
         elif wanted not in (0, found):
             faults[path] = f"has {found} bytes instead of {size}"
@@ -182,11 +200,18 @@ def download():
             path.resolve().unlink()
             path.unlink(missing_ok=True)  # the Hub's cache holds links
     if any(robot not in path.parents for path in faults):
-        local = dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
-        wanted = [line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line]
+        local = (
+            dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
+        )
+        wanted = [
+            line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line
+        ]
         snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=wanted, **local)
     if any(robot in path.parents for path in faults):
-        download_zip(replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent), non_interactive=True)
+        download_zip(
+            replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent),
+            non_interactive=True,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ scripted oracle
@@ -200,7 +225,11 @@ def oracle(env) -> np.ndarray:
     opening = float(env.agent.robot._objs[0].qpos[-1])  # metres, 0.014 closed to 0.038
     points = surface(env) @ target.to_transformation_matrix()[:3, :3].T + target.p
     bottom, top = points[:, 2].min(), points[:, 2].max()
-    carried = opening < 0.033 and bottom > TABLE_Z + 0.012 and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
+    carried = (
+        opening < 0.033
+        and bottom > TABLE_Z + 0.012
+        and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
+    )
     over_plate = np.linalg.norm(target.p[:2] - plate[:2])
     low = bottom < TABLE_Z + 0.022 and over_plate < (0.03 if env.grasped else 0.05)
     placed = env.success or (low and tcp.p[2] < TABLE_Z + 0.14)
@@ -257,9 +286,13 @@ def surface(env) -> np.ndarray:
     """(1500, 3) metres: points on the target's collision shapes, in its own frame."""
     i = env.episode.target
     if i not in SURFACES:
-        shapes = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent).collision_shapes
+        shapes = env.target_entity.find_component_by_type(
+            PhysxRigidDynamicComponent
+        ).collision_shapes
         parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
-        SURFACES[i] = np.array(trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0])
+        SURFACES[i] = np.array(
+            trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
+        )
     return SURFACES[i]
 
 
@@ -273,15 +306,30 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
     axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
     now = np.arctan2(axis[1], axis[0])
     yaws, shifts = np.deg2rad(np.arange(0, 180, 7.5)), np.arange(-0.03, 0.031, 0.0075)
-    close, side = np.stack([np.cos(yaws), np.sin(yaws)], 1), np.stack([-np.sin(yaws), np.cos(yaws)], 1)  # (24, 2)
+    close, side = (
+        np.stack([np.cos(yaws), np.sin(yaws)], 1),
+        np.stack([-np.sin(yaws), np.cos(yaws)], 1),
+    )  # (24, 2)
     u, v = (slab @ close.T).T[:, None], (slab @ side.T).T[:, None]  # (24, 1, points)
     turn = (yaws - now + np.pi / 2) % np.pi - np.pi / 2
-    halves = np.stack([np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)])  # of a finger's width
-    lows, highs = np.where(halves, u, 9).min(-1), np.where(halves, u, -9).max(-1)  # (2, 24, 9), metres; +-9 is nowhere
+    halves = np.stack(
+        [np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)]
+    )  # of a finger's width
+    lows, highs = (
+        np.where(halves, u, 9).min(-1),
+        np.where(halves, u, -9).max(-1),
+    )  # (2, 24, 9), metres; +-9 is nowhere
     low, high = lows.min(0), highs.max(0)
-    slope = np.abs(lows[0] - lows[1]) + np.abs(highs[0] - highs[1])  # of faces not parallel the object is squeezed out
+    slope = np.abs(lows[0] - lows[1]) + np.abs(
+        highs[0] - highs[1]
+    )  # of faces not parallel the object is squeezed out
     center, width = (low + high) / 2, high - low
-    cost = 2.5 * slope + 2 * np.maximum(width - 0.02, 0) + 0.8 * np.hypot(center, shifts) + 0.02 * np.abs(turn)[:, None]
+    cost = (
+        2.5 * slope
+        + 2 * np.maximum(width - 0.02, 0)
+        + 0.8 * np.hypot(center, shifts)
+        + 0.02 * np.abs(turn)[:, None]
+    )
     cost += 10 * (width > 0.05) + (width < 0.013)  # the gripper's opening, and its gap when closed
     cost[(halves.sum(-1) < 3).any(0)] = np.inf
     i, j = np.unravel_index(cost.argmin(), cost.shape)

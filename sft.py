@@ -54,7 +54,10 @@ class Args:
 
 
 STEP, TURN = 0.06, 0.8  # largest move of one control step: metres, radians
-GROUND_CENTER, GROUND_SCALE = np.array([*envs.CENTER, envs.TABLE_Z + 0.1]), np.array([0.25, 0.25, 0.12])
+GROUND_CENTER, GROUND_SCALE = (
+    np.array([*envs.CENTER, envs.TABLE_Z + 0.1]),
+    np.array([0.25, 0.25, 0.12]),
+)
 
 
 def oracle(env: envs.PutOnPlate) -> np.ndarray:
@@ -80,7 +83,9 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
         else:
             move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
     else:
-        grasp_z = max(target[2] - 0.2 * half, envs.TABLE_Z + 0.019)  # lower, and the fingertips would press on the table
+        grasp_z = max(
+            target[2] - 0.2 * half, envs.TABLE_Z + 0.019
+        )  # lower, and the fingertips would press on the table
         hover_z = envs.TABLE_Z + 2 * half + 0.055
         offset, turn = target[:2] - tcp[:2], grasp_turn(env)
         move[:2] = offset
@@ -91,8 +96,12 @@ def oracle(env: envs.PutOnPlate) -> np.ndarray:
         else:
             move[:], turn, gripper = 0, 0, -1.0
     move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
-    move = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> the robot's base frame
-    return np.array([*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32)
+    move = (
+        env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move
+    )  # world -> the robot's base frame
+    return np.array(
+        [*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32
+    )
 
 
 def grasp_turn(env: envs.PutOnPlate) -> float:
@@ -149,7 +158,9 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
                 disturbed[5] += rng.normal(0, noise * TURN)
             env.step(disturbed)
         episode = {k: np.array(v) for k, v in frames.items()}
-        episodes.append(dict(episode, objects=np.array(ids), episode_id=episode_id, success=env.success))
+        episodes.append(
+            dict(episode, objects=np.array(ids), episode_id=episode_id, success=env.success)
+        )
     return episodes
 
 
@@ -183,13 +194,23 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
     object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
     table = policy.word_embeddings()
-    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names])  # (25, H)
-    logits = F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]  # (B, n, 25)
+    words = torch.stack(
+        [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
+    )  # (25, H)
+    logits = (
+        F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]
+    )  # (B, n, 25)
     side = int(patches.shape[1] ** 0.5)
     cells = classes.shape[1] // side
-    tiles = classes.view(-1, side, cells, side, cells).permute(0, 1, 3, 2, 4).reshape(*patches.shape[:2], cells**2)
+    tiles = (
+        classes.view(-1, side, cells, side, cells)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(*patches.shape[:2], cells**2)
+    )
     present = F.one_hot(tiles.long(), 28).sum(2)[..., 1:26] >= 2
-    return F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
+    return (
+        F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
+    )
 
 
 def grounding_answers(batch, names):
@@ -199,7 +220,9 @@ def grounding_answers(batch, names):
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
-    unit = (places - torch.from_numpy(GROUND_CENTER).float()) / torch.from_numpy(GROUND_SCALE).float()
+    unit = (places - torch.from_numpy(GROUND_CENTER).float()) / torch.from_numpy(
+        GROUND_SCALE
+    ).float()
     answers = torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)[:, None]
     return [names[i] for i in batch["object_ids"].gather(1, pick)[:, 0].tolist()], answers
 
@@ -212,7 +235,8 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
     parameters = [*policy.parameters(), *heads]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / steps)))
+        optimizer,
+        lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / steps))),
     )
     means = {}
     policy.train()
@@ -225,7 +249,9 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if step % 20 == 0:
-            means = {k: 0.8 * means[k] + 0.2 * v.item() if means else v.item() for k, v in loss.items()}
+            means = {
+                k: 0.8 * means[k] + 0.2 * v.item() if means else v.item() for k, v in loss.items()
+            }
             bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()})
     policy.eval()
 
@@ -236,8 +262,13 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     policy = policies.load_policy(args.backbone)
     names = [name for name, _, _ in builtin.OBJECTS]
     features = []  # of the towers and the projector in the last forward pass: read here without a second pass
-    hooks = [part.register_forward_hook(lambda _, __, out: features.append(out)) for part in policy.vision_parts()]
-    scale = nn.Parameter(torch.tensor([1.5, -4.0]))  # of the alignment: log inverse temperature, bias
+    hooks = [
+        part.register_forward_hook(lambda _, __, out: features.append(out))
+        for part in policy.vision_parts()
+    ]
+    scale = nn.Parameter(
+        torch.tensor([1.5, -4.0])
+    )  # of the alignment: log inverse temperature, bias
 
     def sample(frames, n):
         inds = torch.randint(len(frames["rgb"]), (n,))
@@ -248,7 +279,9 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
 
     def grounding(batch):
         asked, answers = grounding_answers(batch, names)
-        return policy.sft_loss(batch, [f"the {name}" for name in asked], answers, QUESTION, sigma=3.0)
+        return policy.sft_loss(
+            batch, [f"the {name}" for name in asked], answers, QUESTION, sigma=3.0
+        )
 
     def tasks(batch):
         return [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
@@ -273,7 +306,10 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
 
     batch = sample(pretraining, 1)
     grounding(batch)
-    head = nn.Linear(sum(f.shape[-1] for f in features[:-1]), 28 * batch["classes"][0].numel() // features[0].shape[1])
+    head = nn.Linear(
+        sum(f.shape[-1] for f in features[:-1]),
+        28 * batch["classes"][0].numel() // features[0].shape[1],
+    )
     train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*head.parameters(), scale])
     train(policy, args.clone_steps, args, "behaviour cloning", stage_2)
     for hook in hooks:
@@ -300,14 +336,19 @@ def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], *how) -> list
         bar.update(len(part))
         bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
     bar.close()
-    return sorted(episodes, key=lambda e: e["episode_id"])  # the order must not depend on the number of cores
+    return sorted(
+        episodes, key=lambda e: e["episode_id"]
+    )  # the order must not depend on the number of cores
 
 
 def cache_key(args: Args) -> str:
     """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [(here / name).read_text() for name in ("sft.py", "envs.py", "builtin.py", "rl4vla.py", "policies.py")]
+    parts += [
+        (here / name).read_text()
+        for name in ("sft.py", "envs.py", "builtin.py", "rl4vla.py", "policies.py")
+    ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -319,14 +360,19 @@ def warm_start(backbone: str) -> Path:
     args = Args(backbone=backbone)
     cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
     if not cached.is_dir():
-        print(f"no warm start for {backbone} yet: training one, which takes a while (progress bars follow)", file=sys.stderr)
+        print(
+            f"no warm start for {backbone} yet: training one, which takes a while (progress bars follow)",
+            file=sys.stderr,
+        )
         main(dataclasses.replace(args, out=str(cached)))
     return cached
 
 
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
-        raise envs.Fault(f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint")
+        raise envs.Fault(
+            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
+        )
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -339,10 +385,14 @@ def main(args: Args):
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that acts in chunks gets fewer.
         half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
         demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), *how)
-        demos += collect_parallel(vec, "train", list(range(400_000, 400_000 + args.demos - half)), *how)
+        demos += collect_parallel(
+            vec, "train", list(range(400_000, 400_000 + args.demos - half)), *how
+        )
         held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
-    policy, report = warm_up(args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out)))
+    policy, report = warm_up(
+        args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
+    )
     print(json.dumps(report))
     with policies.whole_directory(out) as partial:
         policy.save(partial, dtype=torch.float16)

@@ -95,7 +95,9 @@ def task_altering(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
 def altered_pose(pose: sapien.Pose, rng: np.random.Generator) -> sapien.Pose:
     dx, dy = rng.normal(0.0, ALTER_SIGMA, 2)
     yaw = float(rng.choice(ALTER_YAWS))
-    return sapien.Pose(pose.p + [dx, dy, 0], (sapien.Pose(q=euler2quat(0, 0, yaw)) * sapien.Pose(q=pose.q)).q)
+    return sapien.Pose(
+        pose.p + [dx, dy, 0], (sapien.Pose(q=euler2quat(0, 0, yaw)) * sapien.Pose(q=pose.q)).q
+    )
 
 
 def rerendered(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
@@ -118,18 +120,26 @@ def other_camera(env: envs.PutOnPlate, rng: np.random.Generator) -> np.ndarray:
 
 
 def other_degrees(split: envs.Split, episode: envs.Episode, rng: np.random.Generator) -> float:
-    return float(rng.choice([degrees for degrees in split.cameras if degrees != episode.camera_deg]))
+    return float(
+        rng.choice([degrees for degrees in split.cameras if degrees != episode.camera_deg])
+    )
 
 
-RENDERED = dict(composite=None, rerender=rerendered, camera=other_camera)  # --pre-view -> what the environments draw for it
+RENDERED = dict(
+    composite=None, rerender=rerendered, camera=other_camera
+)  # --pre-view -> what the environments draw for it
 
 
-def task_preserving(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor, generator=None) -> torch.Tensor:
+def task_preserving(
+    rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor, generator=None
+) -> torch.Tensor:
     """o_pre for a batch: rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
 
     All on one device. Where a distractor stood in front of the target the composite has a bite taken out of it: that is
     what Eq. (5) does.
     """
-    k = torch.randint(len(backgrounds), (len(rgb),), generator=generator)  # of the CPU: the same in parts of a batch
+    k = torch.randint(
+        len(backgrounds), (len(rgb),), generator=generator
+    )  # of the CPU: the same in parts of a batch
     # Eq. (5)  o_pre = M * o + (1 - M) * b,   b ~ Uniform(background snapshots)
     return torch.where(mask[..., None], rgb, backgrounds[k.to(rgb.device)])

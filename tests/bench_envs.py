@@ -21,7 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PAIR_VLA_ASSETS" in os.environ:
-    os.environ.setdefault("MS_ASSET_DIR", os.environ["PAIR_VLA_ASSETS"])  # where the env of comparison looks for its stage
+    os.environ.setdefault(
+        "MS_ASSET_DIR", os.environ["PAIR_VLA_ASSETS"]
+    )  # where the env of comparison looks for its stage
 
 import gymnasium as gym
 import numpy as np
@@ -66,7 +68,10 @@ def medians(args: Args, **steps) -> dict[str, float]:
     """Units per second of each step function, windows taken in turn after one warm-up call each."""
     for step in steps.values():
         step()
-    rates = [{name: window(step, args.seconds) for name, step in steps.items()} for _ in range(args.windows)]
+    rates = [
+        {name: window(step, args.seconds) for name, step in steps.items()}
+        for _ in range(args.windows)
+    ]
     return {name: float(np.median([rate[name] for rate in rates])) for name in steps}
 
 
@@ -84,7 +89,11 @@ def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
             PLAYING[vec] = step
             vec.reset(range(episode[0], episode[0] + vec.num_envs), split)
             episode[0] += vec.num_envs
-        vec.step(torch.from_numpy((rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE).astype(np.float32)))
+        vec.step(
+            torch.from_numpy(
+                (rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE).astype(np.float32)
+            )
+        )
         return vec.num_envs
 
     return step
@@ -93,7 +102,11 @@ def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
 def plain_maniskill(assets: str, size: int):
     """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its scene at 640 x 480)."""
     name, camera, options = {
-        "builtin": ("PickCube-v1", "base_camera", dict(sensor_configs=dict(width=size, height=size))),
+        "builtin": (
+            "PickCube-v1",
+            "base_camera",
+            dict(sensor_configs=dict(width=size, height=size)),
+        ),
         "rl4vla": ("PutCarrotOnPlateInScene-v1", "3rd_view_camera", {}),
     }[assets]
     env = gym.make(name, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu",
@@ -128,7 +141,10 @@ def demonstrations(assets: str, size: int):
 
 def compositing(size: int, batch: int = 64):
     rgb = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
-    mask, tables = torch.rand(batch, size, size) < 0.3, torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8)
+    mask, tables = (
+        torch.rand(batch, size, size) < 0.3,
+        torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8),
+    )
 
     def step():
         views.task_preserving(rgb, mask, tables)
@@ -189,7 +205,9 @@ def settings_table(args: Args):
     context, pipes = multiprocessing.get_context("spawn"), {}
     for setting in SETTINGS:
         pipes[setting], theirs = context.Pipe()
-        os.environ["LP_NUM_THREADS"] = str(len(os.sched_getaffinity(0))) if setting == "threads" else "0"
+        os.environ["LP_NUM_THREADS"] = (
+            str(len(os.sched_getaffinity(0))) if setting == "threads" else "0"
+        )
         context.Process(target=one_setting, args=(theirs, setting, args), daemon=True).start()
 
     def ask(pipe):
@@ -221,7 +239,10 @@ def iteration_table(args: Args):
         tables, seconds = views.backgrounds(plain), []
         for i in range(args.windows):
             row = []
-            for vec, one in ((plain, dataclasses.replace(pair, inv_coef=0.0, sen_coef=0.0)), (altered, pair)):
+            for vec, one in (
+                (plain, dataclasses.replace(pair, inv_coef=0.0, sen_coef=0.0)),
+                (altered, pair),
+            ):
                 start = time.perf_counter()
                 batch, _ = ppo_pair.rollout(one, policy, vec, itertools.count(1000 * i), "cpu")
                 middle = time.perf_counter()
@@ -244,7 +265,9 @@ def main(args: Args):
     name, plain_step = plain_maniskill(args.assets, size)
 
     def make(num_workers, scenes=1, **views):
-        return envs.make_envs(scenes * num_workers, args.assets, num_workers=num_workers, image_size=size, **views)
+        return envs.make_envs(
+            scenes * num_workers, args.assets, num_workers=num_workers, image_size=size, **views
+        )
 
     with (
         make(1) as plain,
@@ -264,8 +287,14 @@ def main(args: Args):
         (f"{pack}, image only, one process", f"{rate['plain']:.0f} env steps/s"),
         (f"{pack}, image only, `clutter-8`, one process", f"{rate['clutter']:.0f} env steps/s"),
         (f"{pack}, an image every 5 steps, one process", f"{rate['chunks']:.0f} decisions/s"),
-        (f"{pack}, image + altered view, 8 scenes in one process", f"{rate['eight']:.0f} env steps/s"),
-        (f"{pack}, image + altered view, 8 scenes in each of {n} processes", f"{rate['many']:.0f} env steps/s"),
+        (
+            f"{pack}, image + altered view, 8 scenes in one process",
+            f"{rate['eight']:.0f} env steps/s",
+        ),
+        (
+            f"{pack}, image + altered view, 8 scenes in each of {n} processes",
+            f"{rate['many']:.0f} env steps/s",
+        ),
         (f"plain `{name}`, rgb+segmentation, one process", f"{rate['maniskill']:.0f} env steps/s"),
         (f"{pack} with the altered view / `{name}`", f"{rate['one'] / rate['maniskill']:.1f} x"),
         (f"{n} processes / one, 8 scenes in each", f"{rate['many'] / rate['eight']:.2f} x"),

@@ -30,7 +30,12 @@ def decide(policy, cameras, tokens, batch, device):
     images = torch.zeros(batch, cameras, 3, size, size, device=device)
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
     noise = torch.zeros(batch, policy.horizon, 32, device=device)
-    policy.ode(policy.prefix(images, there, ids, torch.ones(batch, tokens, dtype=torch.bool)), None, noise, 4)
+    policy.ode(
+        policy.prefix(images, there, ids, torch.ones(batch, tokens, dtype=torch.bool)),
+        None,
+        noise,
+        4,
+    )
 
 
 def main():
@@ -50,7 +55,9 @@ def main():
     print(f"{'layout':24} {'TFLOP, full size':>18} {'CPU s, quarter size':>22}")
     for cameras, tokens in (PADDED, THERE):
         best = min(seconds[cameras, tokens][1:])  # the first one warms up
-        print(f"{cameras} camera(s), {tokens:3} tokens  {flops[cameras, tokens] / 1e12:18.2f} {best:22.3f}")
+        print(
+            f"{cameras} camera(s), {tokens:3} tokens  {flops[cameras, tokens] / 1e12:18.2f} {best:22.3f}"
+        )
     ratios = flops[PADDED] / flops[THERE], min(seconds[PADDED][1:]) / min(seconds[THERE][1:])
     print(f"{'ratio':24} {ratios[0]:18.2f} {ratios[1]:22.2f}")
 

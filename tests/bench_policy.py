@@ -41,8 +41,18 @@ OPENVLA_7B = {  # what distinguishes the official checkpoint's config.json
 }
 CONFIGS = {"openvla": OPENVLA_7B, "openvla-tiny": policies.OPENVLA_TINY}
 INSTRUCTION = "put red cube on plate"
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s, dense, from the data sheets
-GPU_GIB = {"24 GB": 22.5, "48 GB": 44.5, "80 GB": 79.0, "141 GB": 139.0}  # what a process can have of it
+BF16_PEAK = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}  # FLOP/s, dense, from the data sheets
+GPU_GIB = {
+    "24 GB": 22.5,
+    "48 GB": 44.5,
+    "80 GB": 79.0,
+    "141 GB": 139.0,
+}  # what a process can have of it
 GIB = 2**30
 
 
@@ -77,11 +87,17 @@ def random_policy(backbone, device, dtype, lora_rank):
         p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
     policy.to_empty(device=device)
     for key, p in policy.named_parameters():
-        p.data.normal_(std=0.02) if p.ndim > 1 else p.data.fill_(0.0 if key.endswith("bias") else 1.0)
+        p.data.normal_(std=0.02) if p.ndim > 1 else p.data.fill_(
+            0.0 if key.endswith("bias") else 1.0
+        )
     llama = policy.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
     policy.use_norm_stats("builtin")
-    policy.tokenizer = lambda text: [1, *range(3, 21), 5]  # 20 ids, as Llama's tokenizer makes of INSTRUCTION
+    policy.tokenizer = lambda text: [
+        1,
+        *range(3, 21),
+        5,
+    ]  # 20 ids, as Llama's tokenizer makes of INSTRUCTION
     if lora_rank:
         policy.add_lora(lora_rank)
     return policy.to(device).eval()
@@ -89,8 +105,12 @@ def random_policy(backbone, device, dtype, lora_rank):
 
 def random_obs(policy, count, device):
     size = (count, policy.image_size, policy.image_size)
-    rgb, rgb_alt = (torch.randint(256, (*size, 3), dtype=torch.uint8, device=device) for _ in range(2))
-    return dict(rgb=rgb, rgb_alt=rgb_alt, mask=torch.rand(size, device=device) < 0.2), [INSTRUCTION] * count
+    rgb, rgb_alt = (
+        torch.randint(256, (*size, 3), dtype=torch.uint8, device=device) for _ in range(2)
+    )
+    return dict(rgb=rgb, rgb_alt=rgb_alt, mask=torch.rand(size, device=device) < 0.2), [
+        INSTRUCTION
+    ] * count
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -103,7 +123,11 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        old = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        old = {
+            id(x.untyped_storage())
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -135,7 +159,9 @@ class Attention(torch.autograd.Function):
 @contextmanager
 def fused_attention():
     kept = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *args, **kwargs: Attention.apply(q, k, v)
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *args, **kwargs: (
+        Attention.apply(q, k, v)
+    )
     try:
         yield
     finally:
@@ -148,7 +174,9 @@ def calls(policy, count):
     latent = torch.zeros(count, 7, dtype=torch.long, device=policy.device) + policy.action_begin
 
     def act():  # policy.act without turning tokens into actions, which needs data
-        policy.decode(policy.preprocess(obs["rgb"]), *policy.tokenize(instructions), temperature=1.0)
+        policy.decode(
+            policy.preprocess(obs["rgb"]), *policy.tokenize(instructions), temperature=1.0
+        )
 
     return act, lambda: policy.evaluate(obs, instructions, latent)
 
@@ -162,7 +190,9 @@ def flops(policy):
         forward = counter.get_total_flops()
         (new.logprob + new.value).sum().backward()
     policy.zero_grad()
-    return dict(forward=forward, ppo=counter.get_total_flops(), pair=2 * counter.get_total_flops() + forward)
+    return dict(
+        forward=forward, ppo=counter.get_total_flops(), pair=2 * counter.get_total_flops() + forward
+    )
 
 
 def per_sample(count_1, count_2, bytes_1, bytes_2):
@@ -227,12 +257,26 @@ def derived_table(found, table):
         count = int((memory * GIB - resident - fixed) // each)
         return f"{count}" if count > 0 else "-"
 
-    parts = [("weights", "weights, bfloat16, with adapters"), ("optimizer", "AdamW"), ("rollout", "observations of a rollout")]
+    parts = [
+        ("weights", "weights, bfloat16, with adapters"),
+        ("optimizer", "AdamW"),
+        ("rollout", "observations of a rollout"),
+    ]
     lines = ["| in memory all the time | GiB |", "|---|---|"]
     lines += [f"| {text} | {found[name] / GIB:.1f} |" for name, text in parts]
     lines += ["", "| for each sample at once | GiB | TFLOP |", "|---|---|---|"]
-    names = {"act": "rollout step (KV cache in it)", "ppo": "PPO", "pair": "PAIR, no sample at the clip"}
-    for key, recompute in (("act", False), ("ppo", True), ("ppo", False), ("pair", True), ("pair", False)):
+    names = {
+        "act": "rollout step (KV cache in it)",
+        "ppo": "PPO",
+        "pair": "PAIR, no sample at the clip",
+    }
+    for key, recompute in (
+        ("act", False),
+        ("ppo", True),
+        ("ppo", False),
+        ("pair", True),
+        ("pair", False),
+    ):
         each = found[key if key == "act" else (key, recompute)][1]
         work = found["flops"]["forward" if key == "act" else key]
         work += recompute * found["flops"]["forward"] * (2 if key == "pair" else 1)
@@ -241,13 +285,20 @@ def derived_table(found, table):
     columns = {"rollout": "act", "PPO": ("ppo", True), "PPO, nothing recomputed": ("ppo", False), "PAIR": ("pair", True),
                "PAIR, nothing recomputed": ("pair", False)}  # fmt: skip
     lines += ["", f"| samples that fit | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |" for gpu, memory in GPU_GIB.items()]
+    lines += [
+        f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |"
+        for gpu, memory in GPU_GIB.items()
+    ]
     lines += ["", "| one iteration at 45 % of the rate | PPO | PAIR |", "|---|---|---|"]
     for gpu in ("A100", "H100"):
         forward, ppo, pair = (found["flops"][name] for name in ("forward", "ppo", "pair"))
         work = dict(ppo=2 * forward + ppo, pair=3 * forward + pair)  # the rollout, and recomputing
-        minutes = {name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()}
-        lines.append(f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min | {minutes['pair']:.0f} min |")
+        minutes = {
+            name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()
+        }
+        lines.append(
+            f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min | {minutes['pair']:.0f} min |"
+        )
     return "\n".join(lines)
 
 
@@ -260,7 +311,9 @@ def peak_rate(device):
                 return rate, f"{name}'s data sheet, bfloat16"
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / measure(lambda: a @ b, device, 5)[0], f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
+    return 2 * size**3 / measure(lambda: a @ b, device, 5)[
+        0
+    ], f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
 
 
 def measure(call, device, repeats):
@@ -292,21 +345,43 @@ def bench(args):
     table, num_envs = ppo_pair.TABLE_3[backbone], args.num_envs or (128 if gpu else 16)
     batch_size = args.batch_size or (640 if gpu else 32)
     training = ppo_pair.Args(**table)
-    training.batch_size, training.num_envs, training.update_epochs, training.target_kl = batch_size, batch_size, 1, 0.0
-    training.device_batch_size = args.device_batch_size or min(table["device_batch_size"], batch_size)
-    recompute = table["gradient_checkpointing"] if args.gradient_checkpointing is None else args.gradient_checkpointing
+    training.batch_size, training.num_envs, training.update_epochs, training.target_kl = (
+        batch_size,
+        batch_size,
+        1,
+        0.0,
+    )
+    training.device_batch_size = args.device_batch_size or min(
+        table["device_batch_size"], batch_size
+    )
+    recompute = (
+        table["gradient_checkpointing"]
+        if args.gradient_checkpointing is None
+        else args.gradient_checkpointing
+    )
 
     torch.manual_seed(0)
     work = flops(random_policy(backbone, "meta", torch.bfloat16, args.lora_rank))
-    policy = random_policy(backbone, device, torch.bfloat16 if gpu else torch.float32, args.lora_rank)
+    policy = random_policy(
+        backbone, device, torch.bfloat16 if gpu else torch.float32, args.lora_rank
+    )
     policy.gradient_checkpointing = recompute
     rate, source = peak_rate(device)
 
     obs, instructions = random_obs(policy, num_envs, device)
-    rows = [("rollout step", num_envs, work["forward"], *measure(lambda: policy.act(obs, instructions), device, args.repeats))]
+    rows = [
+        (
+            "rollout step",
+            num_envs,
+            work["forward"],
+            *measure(lambda: policy.act(obs, instructions), device, args.repeats),
+        )
+    ]
 
     parts, decisions = [], []
-    while sum(len(part["rgb"]) for part in parts) < batch_size:  # so that old and new log-probs agree, as in training
+    while (
+        sum(len(part["rgb"]) for part in parts) < batch_size
+    ):  # so that old and new log-probs agree, as in training
         part, instructions = random_obs(policy, min(num_envs, batch_size), device)
         parts.append(part)
         decisions.append(policy.act(part, instructions))
@@ -322,12 +397,21 @@ def bench(args):
     )
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [dict(params=actor, lr=0.0), dict(params=head, lr=0.0)]  # no learning: the same minibatch stays on-policy
+    groups = [
+        dict(params=actor, lr=0.0),
+        dict(params=head, lr=0.0),
+    ]  # no learning: the same minibatch stays on-policy
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for name, inv, sen, clip, flop in (
         ("PPO minibatch", 0.0, 0.0, 1.0, work["ppo"]),
         ("PAIR minibatch, no sample at the clip", 1.0, 0.2, 1e9, work["pair"]),
-        ("PAIR minibatch, all samples at the clip", 1.0, 0.2, 0.0, work["ppo"] + 2 * work["forward"]),
+        (
+            "PAIR minibatch, all samples at the clip",
+            1.0,
+            0.2,
+            0.0,
+            work["ppo"] + 2 * work["forward"],
+        ),
     ):
         training.inv_coef, training.sen_coef, training.sen_clip = inv, sen, clip
 
@@ -341,12 +425,18 @@ def bench(args):
     print(f"{backbone}, random weights, LoRA rank {args.lora_rank}, device batch {training.device_batch_size}, gradient "
           f"checkpointing {'on' if recompute else 'off'}; {where}; torch {torch.__version__}\n")  # fmt: skip
     memory = "GiB, peak" if gpu else "GiB, peak, without weights"
-    print(f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |\n|---|---|---|---|---|---|")
+    print(
+        f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |\n|---|---|---|---|---|---|"
+    )
     for name, count, flop, seconds, peak in rows:
         floor = count * flop / rate
-        print(f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} | {floor / seconds:.0%} |")
+        print(
+            f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} | {floor / seconds:.0%} |"
+        )
     each = ", ".join(f"{name} {flop:.3g}" for name, flop in work.items())
-    print(f"\nThe floor: {each} FLOP per sample, nothing recomputed, at {rate:.3g} FLOP/s ({source}).")
+    print(
+        f"\nThe floor: {each} FLOP per sample, nothing recomputed, at {rate:.3g} FLOP/s ({source})."
+    )
 
 
 def main(args: Args):

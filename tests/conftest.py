@@ -13,7 +13,9 @@ import rl4vla
 SHARED = Path(__file__).parents[2] / "shared/assets"
 if SHARED.is_dir():
     os.environ.setdefault("PAIR_VLA_ASSETS", str(SHARED))
-needs_rl4vla = pytest.mark.skipif(bool(rl4vla.faulty_assets()), reason="no assets of the pack rl4vla: see envs.py --download")
+needs_rl4vla = pytest.mark.skipif(
+    bool(rl4vla.faulty_assets()), reason="no assets of the pack rl4vla: see envs.py --download"
+)
 PACKS = ["builtin", pytest.param("rl4vla", marks=needs_rl4vla)]
 
 
@@ -50,11 +52,22 @@ def full_state():
 
     def full_state(env):
         robot, parts = env.agent.robot._objs[0], []
-        bodies = [e.find_component_by_type(PhysxRigidDynamicComponent) for e in env.scene.sub_scenes[0].entities]
+        bodies = [
+            e.find_component_by_type(PhysxRigidDynamicComponent)
+            for e in env.scene.sub_scenes[0].entities
+        ]
         for body in [*(b for b in bodies if b is not None), *robot.links]:
-            parts += [body.entity.pose.p, body.entity.pose.q, body.linear_velocity, body.angular_velocity]
+            parts += [
+                body.entity.pose.p,
+                body.entity.pose.q,
+                body.linear_velocity,
+                body.angular_velocity,
+            ]
         parts += [robot.qpos, robot.qvel, robot.qf]
-        parts += [np.concatenate([joint.drive_target, joint.drive_velocity_target]) for joint in robot.active_joints]
+        parts += [
+            np.concatenate([joint.drive_target, joint.drive_velocity_target])
+            for joint in robot.active_joints
+        ]
         return np.concatenate([np.asarray(part, np.float32).ravel() for part in parts])
 
     return full_state

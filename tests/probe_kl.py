@@ -47,7 +47,9 @@ def main(args: Args):
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
         frames = []
-        with envs.make_envs(len(ids[start : start + 256]), image_size=first.image_size, alter=views.task_altering) as vec:
+        with envs.make_envs(
+            len(ids[start : start + 256]), image_size=first.image_size, alter=views.task_altering
+        ) as vec:
             obs, done = vec.reset(ids[start : start + 256], "train"), torch.tensor([False])
             shares = [(HELD_OUT_TABLES,)] + [([],)] * (vec.num_workers - 1)
             tables = torch.from_numpy(vec.map(views.render_backgrounds, *shares)[0])
@@ -55,12 +57,23 @@ def main(args: Args):
                 decision = first.act(obs, vec.instructions)
                 generator = torch.Generator().manual_seed(len(frames))
                 rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
-                frames.append(({k: v.clone() for k, v in obs.items()}, list(vec.instructions), rgb_pre, decision.latent))
+                frames.append(
+                    (
+                        {k: v.clone() for k, v in obs.items()},
+                        list(vec.instructions),
+                        rgb_pre,
+                        decision.latent,
+                    )
+                )
                 obs, _, done, _ = vec.step(decision.actions)
         rounds.append(frames)
     print(f"{args.episodes} episodes, {args.episodes * len(rounds[0])} frames\n")
     print(
-        "| checkpoint |" + "".join(f" {view} | change | typical |" for view in ("held-out tables", "moved target", "unrelated"))
+        "| checkpoint |"
+        + "".join(
+            f" {view} | change | typical |"
+            for view in ("held-out tables", "moved target", "unrelated")
+        )
     )
     print("|---" * 10 + "|")
     reference, rng = None, np.random.default_rng(0)
@@ -75,8 +88,17 @@ def main(args: Args):
             of_round = []
             for obs, instructions, rgb_pre, latent in frames:
                 dist = policy.evaluate(obs, instructions, latent).dist
-                others = [{**obs, "rgb": rgb} for rgb in (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))]
-                of_round.append(torch.stack([policy.kl(dist, policy.evaluate(o, instructions, latent).dist) for o in others]))
+                others = [
+                    {**obs, "rgb": rgb} for rgb in (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))
+                ]
+                of_round.append(
+                    torch.stack(
+                        [
+                            policy.kl(dist, policy.evaluate(o, instructions, latent).dist)
+                            for o in others
+                        ]
+                    )
+                )
             kls.append(torch.stack(of_round, 1))
         kls = torch.cat(kls, 2).numpy()  # (3, T, N)
         reference = kls if reference is None else reference

@@ -24,7 +24,17 @@ import builtin
 import envs
 import rl4vla
 import sft
-from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, LIGHTS, RING, TRAIN_YAWS, Fault, sample_episode
+from envs import (
+    CENTER,
+    GRID,
+    HALF_EDGE,
+    HELD_OUT_YAWS,
+    LIGHTS,
+    RING,
+    TRAIN_YAWS,
+    Fault,
+    sample_episode,
+)
 
 ROOT = Path(__file__).parent.parent
 PACK = envs.PACKS["builtin"]
@@ -46,11 +56,21 @@ def on(points, xy):
 def test_training_never_sees_what_is_held_out(split, distractors, pack):
     drawn = episodes(split, pack=pack)
     for e in drawn:
-        assert e.target < 16 and all(i < 16 for i in e.distractors) and len(e.distractors) == distractors
+        assert (
+            e.target < 16
+            and all(i < 16 for i in e.distractors)
+            and len(e.distractors) == distractors
+        )
         assert len({e.target, *e.distractors}) == 1 + distractors
         assert e.table < 16 and e.light == 0 and e.camera_deg == 0
-        assert on(GRID, e.target_xy) and on(GRID, e.plate_xy) and np.isclose(TRAIN_YAWS, e.target_yaw).any()
-    assert {e.target for e in drawn} == set(range(16)) == {e.table for e in drawn}  # and everything else it does see
+        assert (
+            on(GRID, e.target_xy)
+            and on(GRID, e.plate_xy)
+            and np.isclose(TRAIN_YAWS, e.target_yaw).any()
+        )
+    assert (
+        {e.target for e in drawn} == set(range(16)) == {e.table for e in drawn}
+    )  # and everything else it does see
     assert len({e.target_yaw for e in drawn}) == 4
 
 
@@ -59,7 +79,11 @@ def test_every_place_is_used():
     drawn = episodes("train", 1500)
     inside = [p for p in GRID if np.abs(p - CENTER).max() < 0.07]
     rim = len(GRID) - len(inside)
-    assert rim == 20 and len({e.target_xy for e in drawn}) == 24 and len({e.plate_xy for e in drawn}) == 36
+    assert (
+        rim == 20
+        and len({e.target_xy for e in drawn}) == 24
+        and len({e.plate_xy for e in drawn}) == 36
+    )
     assert sum(on(np.array([e.target_xy for e in drawn]), p) for p in inside) == 4
 
 
@@ -80,10 +104,17 @@ def test_counts_and_places():
 def test_rl4vla_has_25_objects_and_21_tables():
     pack = envs.PACKS["rl4vla"]
     assert len(pack.names) == len(set(pack.names)) == len(pack.sizes) == 25
-    assert pack.names[0] == "carrot" and pack.names[15] == "BBQ sauce" and pack.names[16] == "travel cup"
+    assert (
+        pack.names[0] == "carrot"
+        and pack.names[15] == "BBQ sauce"
+        and pack.names[16] == "travel cup"
+    )
     photos = pack.photos(32)
     assert photos.shape == (21, 32, 32, 3) and photos.dtype == np.uint8
-    assert min(np.abs(photos[i].astype(int) - photos[j]).mean() for i in range(21) for j in range(i)) > 5
+    assert (
+        min(np.abs(photos[i].astype(int) - photos[j]).mean() for i in range(21) for j in range(i))
+        > 5
+    )
     triples = {  # RL4VLA's rule in whole centimetres leaves 1896 of target, plate and distractor
         (t, p, d)
         for t, p, d in itertools.product(itertools.product(range(0, 18, 3), repeat=2), repeat=3)
@@ -92,7 +123,10 @@ def test_rl4vla_has_25_objects_and_21_tables():
     assert len(triples) == 1896
     for e in episodes("train", 300, "rl4vla"):
         points = np.array([e.target_xy, e.plate_xy, *e.distractor_xy])
-        assert tuple(map(tuple, np.rint((points - CENTER + HALF_EDGE) * 100).astype(int).tolist())) in triples
+        assert (
+            tuple(map(tuple, np.rint((points - CENTER + HALF_EDGE) * 100).astype(int).tolist()))
+            in triples
+        )
 
 
 @pytest.mark.parametrize("pack", PACKS)
@@ -102,7 +136,11 @@ def test_held_out_splits(pack):
     assert {e.camera_deg for e in episodes("camera-12.5", 5, pack)} == {-12.5}
     assert {e.camera_deg for e in episodes("camera+-10:5", 100, pack)} == {-10, -5, 0, 5, 10}
     for e in episodes("pose", pack=pack):
-        assert on(RING, e.target_xy) and np.isclose(HELD_OUT_YAWS, e.target_yaw).any() and on(GRID, e.plate_xy)
+        assert (
+            on(RING, e.target_xy)
+            and np.isclose(HELD_OUT_YAWS, e.target_yaw).any()
+            and on(GRID, e.plate_xy)
+        )
         assert e.table < 16 and e.light == 0
 
 
@@ -131,9 +169,13 @@ def test_room_between_things(split, pack):
         gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)
         assert gaps[0, 1] > 0.07 and gaps[0, 2] > 0.15 and gaps[1, 2] > 0.07  # RL4VLA's rule
         overlap = gaps < radii[:, None] + radii[None]
-        assert not np.triu(overlap, 1)[:, 3:].any()  # whatever was placed later stands clear of everything
+        assert not np.triu(overlap, 1)[
+            :, 3:
+        ].any()  # whatever was placed later stands clear of everything
         assert len(e.distractors) == s.distractors == len(set(e.distractors) - {e.target})
-        assert sum(i >= 16 for i in e.distractors) == (s.distractors // 2 if s.held_out_objects else 0)
+        assert sum(i >= 16 for i in e.distractors) == (
+            s.distractors // 2 if s.held_out_objects else 0
+        )
 
 
 @pytest.mark.parametrize("name", [
@@ -173,7 +215,9 @@ def spoil(path, content):
         path.write_bytes(content)
 
 
-BREAD, BEAR = (f"carrot/more_carrot/{name}/textured.glb" for name in ("003_bread_1", "010_toy bear_1"))
+BREAD, BEAR = (
+    f"carrot/more_carrot/{name}/textured.glb" for name in ("003_bread_1", "010_toy bear_1")
+)
 URDF = "data/robots/widowx/wx250s.urdf"
 
 
@@ -216,12 +260,17 @@ def test_download_fetches_what_is_missing_and_asks_nothing(copied, monkeypatch, 
         if not network[0]:
             raise OSError("no route to host")
         for name in allow_patterns:
-            if not (copied / name).exists():  # the Hub's client leaves alone what is there, whole or not
+            if not (
+                copied / name
+            ).exists():  # the Hub's client leaves alone what is there, whole or not
                 fetched.append(name)
                 (copied / name).symlink_to(originals[name])
 
     def zipped(source, non_interactive):
-        assert non_interactive and source.output_dir / source.target_path == copied / "data/robots/widowx"
+        assert (
+            non_interactive
+            and source.output_dir / source.target_path == copied / "data/robots/widowx"
+        )
         fetched.append("robot")
         shutil.rmtree(source.output_dir / source.target_path)
         (source.output_dir / source.target_path).symlink_to(originals[URDF].parent)
@@ -269,7 +318,15 @@ def test_an_exact_episode_does_not_depend_on_history(env, start, full_state):
 def test_frame_shows_the_split(env, start):
     """Another table changes the surroundings and not the foreground, and so on."""
     looks = {}
-    for split in ("train", "texture", "lighting", "camera+0", "camera+20", "camera-20", "clutter-8"):
+    for split in (
+        "train",
+        "texture",
+        "lighting",
+        "camera+0",
+        "camera+20",
+        "camera-20",
+        "clutter-8",
+    ):
         start(env, 1, split, exact=False)
         rgb, ids = env.picture()
         looks[split] = rgb.copy(), env.foreground(ids)
@@ -283,7 +340,11 @@ def test_frame_shows_the_split(env, start):
     assert changed("lighting", mask) > 0.5
     assert np.array_equal(looks["camera+0"][0], rgb)
     assert 0.02 < changed("clutter-8", ~mask) < 0.5
-    assert changed("camera+20", np.full_like(mask, True)) > 0.1 < changed("camera-20", np.full_like(mask, True))
+    assert (
+        changed("camera+20", np.full_like(mask, True))
+        > 0.1
+        < changed("camera-20", np.full_like(mask, True))
+    )
 
 
 THUMBNAILS = Path(__file__).parent / "builtin_thumbnails.png"  # five of 8 x 8 pixels in a row
@@ -292,7 +353,13 @@ THUMBNAILS = Path(__file__).parent / "builtin_thumbnails.png"  # five of 8 x 8 p
 def thumbnails(env, start):
     """(8, 40, 3) float: five frames of the pack `builtin`, each pixel the mean over 12 x 12 of theirs."""
     columns = []
-    for episode_id, split in ((1, "train"), (2, "lighting"), (3, "clutter-8"), (4, "texture"), (5, "camera+20")):
+    for episode_id, split in (
+        (1, "train"),
+        (2, "lighting"),
+        (3, "clutter-8"),
+        (4, "texture"),
+        (5, "camera+20"),
+    ):
         start(env, episode_id, split, exact=False)
         columns.append(env.picture()[0].reshape(8, 12, 8, 12, 3).mean((1, 3)))
     return np.concatenate(columns, 1)
@@ -304,7 +371,9 @@ def test_builtin_looks_as_it_did(env, start):
     After a change on purpose: `Image.fromarray(np.uint8(thumbnails(env, start).round())).save(THUMBNAILS)`.
     """
     error = np.abs(thumbnails(env, start) - np.array(Image.open(THUMBNAILS)))
-    assert error.max() <= 4, f"{(error.max(-1) > 4).sum()} of {error[..., 0].size} places differ, by {error.max():.0f} at most"
+    assert error.max() <= 4, (
+        f"{(error.max(-1) > 4).sum()} of {error[..., 0].size} places differ, by {error.max():.0f} at most"
+    )
 
 
 def test_the_hand_is_where_maniskill_says(env, start):
@@ -312,11 +381,21 @@ def test_the_hand_is_where_maniskill_says(env, start):
     arm = env.agent.controller.controllers["arm"]
     for action in ([0.05, -0.03, -0.05, 0, 0, 0.5, 1], [-0.02, 0.04, 0.03, 0.1, -0.1, -0.3, -1]):
         env.step(np.float32(action))
-        ours, theirs = arm.ee_pose_at_base, PDEEPoseController.ee_pose_at_base.fget(arm)  # q and -q turn alike
-        torch.testing.assert_close(ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-5)
+        ours, theirs = (
+            arm.ee_pose_at_base,
+            PDEEPoseController.ee_pose_at_base.fget(arm),
+        )  # q and -q turn alike
+        torch.testing.assert_close(
+            ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-5
+        )
         target, delta = arm._target_pose, torch.tensor([action[:6]])
-        ours, theirs = arm.compute_target_pose(target, delta), PDEEPoseController.compute_target_pose(arm, target, delta)
-        torch.testing.assert_close(ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-6)
+        ours, theirs = (
+            arm.compute_target_pose(target, delta),
+            PDEEPoseController.compute_target_pose(arm, target, delta),
+        )
+        torch.testing.assert_close(
+            ours.to_transformation_matrix(), theirs.to_transformation_matrix(), rtol=0, atol=1e-6
+        )
 
 
 def test_camera_orbits_by_so_many_degrees(env, start):
@@ -326,13 +405,22 @@ def test_camera_orbits_by_so_many_degrees(env, start):
         camera_to_world = np.linalg.inv(world_to_camera)
         eye, ahead = camera_to_world[:3, 3], camera_to_world[:3, 2]  # OpenCV: z looks ahead
         at = eye + ahead * np.linalg.norm(np.append(CENTER, 0.945) - eye)
-        return np.rad2deg(np.arctan2(*(eye[:2] - CENTER)[::-1])), np.linalg.norm(eye[:2] - CENTER), eye[2], at
+        return (
+            np.rad2deg(np.arctan2(*(eye[:2] - CENTER)[::-1])),
+            np.linalg.norm(eye[:2] - CENTER),
+            eye[2],
+            at,
+        )
 
     start_angle, radius, height, _ = azimuth("train")
     for degrees in (20, -20, 45):
         angle, r, z, at = azimuth(f"camera{degrees:+d}")
         assert np.isclose((angle - start_angle + 180) % 360 - 180, degrees, atol=0.01)
-        assert np.isclose(r, radius) and np.isclose(z, height) and np.linalg.norm(at[:2] - CENTER) < 0.05
+        assert (
+            np.isclose(r, radius)
+            and np.isclose(z, height)
+            and np.linalg.norm(at[:2] - CENTER) < 0.05
+        )
 
 
 @needs_rl4vla
@@ -341,17 +429,33 @@ def test_rl4vla_camera_and_controller(scene, start):
     env = scene("rl4vla")
     start(env, 0)
     lens = env.camera.get_intrinsic_matrix()
-    want = [[623.588 * 96 / 640, 0, 319.501 * 96 / 640], [0, 623.588 * 96 / 480, 239.545 * 96 / 480], [0, 0, 1]]
+    want = [
+        [623.588 * 96 / 640, 0, 319.501 * 96 / 640],
+        [0, 623.588 * 96 / 480, 239.545 * 96 / 480],
+        [0, 0, 1],
+    ]
     assert np.allclose(lens, want, atol=1e-3)
-    eye = env.pack.base_pose * envs.sapien.Pose([0, -0.16, 0.36], [0.8992917, -0.09263245, 0.35892478, 0.23209205])
-    assert np.allclose(env.camera_mount._objs[0].pose.to_transformation_matrix(), eye.to_transformation_matrix(), atol=1e-5)
-    assert env.instruction == "put hamburger on plate" and env.sim_freq == 500 and env.control_freq == 5
+    eye = env.pack.base_pose * envs.sapien.Pose(
+        [0, -0.16, 0.36], [0.8992917, -0.09263245, 0.35892478, 0.23209205]
+    )
+    assert np.allclose(
+        env.camera_mount._objs[0].pose.to_transformation_matrix(),
+        eye.to_transformation_matrix(),
+        atol=1e-5,
+    )
+    assert (
+        env.instruction == "put hamburger on plate"
+        and env.sim_freq == 500
+        and env.control_freq == 5
+    )
     arm = env.agent.controller.controllers["arm"]
     before = arm._target_pose.sp
     for _ in range(3):  # sideways by 2 cm a step; the arm lags behind
         env.step(np.array([0, 0.02, 0, 0, 0, 0, 1], np.float32))
     assert np.allclose(arm._target_pose.sp.p, before.p + [0, 0.06, 0], atol=1e-5)
-    assert 0.03 < np.linalg.norm((env.pack.base_pose.inv() * env.tcp_entity.pose).p - before.p) < 0.06
+    assert (
+        0.03 < np.linalg.norm((env.pack.base_pose.inv() * env.tcp_entity.pose).p - before.p) < 0.06
+    )
 
 
 @needs_rl4vla
@@ -361,9 +465,14 @@ def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
     for split in ("train", "texture", "clutter-8", "lighting"):
         start(env, 3, split, exact=False)
         rgb, ids = env.picture()
-        known = [e.per_scene_id for e in (*env.links, *(a._objs[0] for a in env.objects), env.plate_entity)]
+        known = [
+            e.per_scene_id
+            for e in (*env.links, *(a._objs[0] for a in env.objects), env.plate_entity)
+        ]
         photo = ~np.isin(ids, known)
-        assert 0.6 < photo.mean() < 0.95 and np.array_equal(rgb[photo], photos[env.episode.table][photo])
+        assert 0.6 < photo.mean() < 0.95 and np.array_equal(
+            rgb[photo], photos[env.episode.table][photo]
+        )
         assert (rgb[~photo] != photos[env.episode.table][~photo]).any(-1).mean() > 0.9
 
 
@@ -379,17 +488,27 @@ def test_rewards_by_brute_force(scene, start, pack):
         held = bool(env.agent.is_grasping(env.target)[0])
         grasped.append(held)
         assert env.grasped == held
-        force = np.linalg.norm(env.scene.get_pairwise_contact_forces(env.target, env.plate)[0].numpy())
+        force = np.linalg.norm(
+            env.scene.get_pairwise_contact_forces(env.target, env.plate)[0].numpy()
+        )
         offset = env.target_entity.pose.p - env.plate_entity.pose.p
         plate_half = {"builtin": 0.006, "rl4vla": 0.003}[pack]
-        over = np.linalg.norm(offset[:2]) <= 0.065 and 0 < offset[2] <= plate_half + env.target_half_z + 0.05
+        over = (
+            np.linalg.norm(offset[:2]) <= 0.065
+            and 0 < offset[2] <= plate_half + env.target_half_z + 0.05
+        )
         done.append(bool(over and force > 0.03))
         assert env.success == done[-1]
         streaks = "".join("x" if g else " " for g in grasped).split()
         long_enough = any(len(streak) >= {"builtin": 2, "rl4vla": 5}[pack] for streak in streaks)
         total.append(0.1 * any(grasped) + 0.1 * long_enough + 1.0 * (done[-1] and any(grasped)))
     assert np.allclose(rewards, np.diff([0.0, *total]), atol=1e-9)
-    assert done[-1] and env.success_once and np.isclose(sum(rewards), 1.2) and np.isclose(env.return_so_far, 1.2)
+    assert (
+        done[-1]
+        and env.success_once
+        and np.isclose(sum(rewards), 1.2)
+        and np.isclose(env.return_so_far, 1.2)
+    )
     assert {round(r, 6) for r in rewards} >= {0.0, 0.1, 1.0}
     env.target_entity.pose = envs.sapien.Pose([0.2, 0.3, envs.TABLE_Z + 0.1])  # off the plate again
     env.step(np.zeros(7, np.float32))
@@ -399,7 +518,9 @@ def test_rewards_by_brute_force(scene, start, pack):
 def test_a_knocked_target_earns_nothing(env, start):
     """Success counts only for a target that has been in the gripper."""
     start(env, 0)
-    env.target_entity.pose = envs.sapien.Pose(env.plate_entity.pose.p + [0, 0, 0.006 + env.target_half_z + 0.002])
+    env.target_entity.pose = envs.sapien.Pose(
+        env.plate_entity.pose.p + [0, 0, 0.006 + env.target_half_z + 0.002]
+    )
     for _ in range(3):
         env.step(np.array([0, 0, 0, 0, 0, 0, 1], np.float32))
         assert env.reward() == 0.0
@@ -473,7 +594,11 @@ def test_workers_and_chunks_change_nothing(alone, shared):
     """One process step by step, two processes step by step, chunks of 8 that overrun the end: the same to the bit."""
     ids, splits = [0, 1, 2], ["train", "clutter-2", "pose"]
     obs = alone.reset(ids, splits, exact=True)
-    assert obs["rgb"].shape == (3, 96, 96, 3) and obs["rgb"].dtype == torch.uint8 and "rgb_alt" not in obs
+    assert (
+        obs["rgb"].shape == (3, 96, 96, 3)
+        and obs["rgb"].dtype == torch.uint8
+        and "rgb_alt" not in obs
+    )
     assert obs["mask"].shape == (3, 96, 96) and obs["mask"].dtype == torch.bool
     assert obs["state"].shape == (3, 8) and obs["state"].dtype == torch.float32
     names = [builtin.OBJECTS[sample_episode(i, s, PACK).target][0] for i, s in zip(ids, splits)]
@@ -487,7 +612,9 @@ def test_workers_and_chunks_change_nothing(alone, shared):
     assert single[-1][3]["success"].sum() >= 2  # else the rest would compare nothing
 
     def same(a, b):
-        return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and all(torch.equal(a[3][k], b[3][k]) for k in a[3])
+        return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and all(
+            torch.equal(a[3][k], b[3][k]) for k in a[3]
+        )
 
     assert all(torch.equal(shared.reset(ids, splits, exact=True)[k], obs[k]) for k in obs)
     assert shared.instructions == alone.instructions
@@ -499,13 +626,19 @@ def test_workers_and_chunks_change_nothing(alone, shared):
     shared.reset(ids, splits, exact=True)
     for first, last in ((0, 8), (8, 16), (16, 20)):
         chunk = torch.stack(actions[first:last], 1)
-        if last == 20:  # the episode ends inside this chunk: what is past the end is not carried out
+        if (
+            last == 20
+        ):  # the episode ends inside this chunk: what is past the end is not carried out
             chunk = torch.cat([chunk, torch.ones(3, 4, 7)], 1)
         got = shared.step(chunk)
         assert same(got, single[last - 1])
-        assert torch.allclose(got[1], sum(reward for _, reward, _, _ in single[first:last]), atol=1e-6)
+        assert torch.allclose(
+            got[1], sum(reward for _, reward, _, _ in single[first:last]), atol=1e-6
+        )
         assert bool(got[2].all()) == (last == 20)
-    assert torch.allclose(got[3]["episode_return"], sum(reward for _, reward, _, _ in single), atol=1e-6)
+    assert torch.allclose(
+        got[3]["episode_return"], sum(reward for _, reward, _, _ in single), atol=1e-6
+    )
     assert shared.map(pictures_taken, (), ()) == [4, 4]  # one after the reset, one after each chunk
 
 
@@ -592,7 +725,9 @@ def test_a_worker_whose_main_process_is_gone_ends_quietly(tmp_path):
     time.sleep(0.5)
     os.killpg(main, signal.SIGINT)
     while not (tmp_path / "at work").exists():
-        assert os.waitpid(main, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, os.read(errors, 65536).decode()
+        assert os.waitpid(main, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, os.read(
+            errors, 65536
+        ).decode()
         time.sleep(0.1)
     os.kill(main, signal.SIGKILL)
     os.waitpid(main, 0)
@@ -617,11 +752,17 @@ def command_line(*flags, **environment):
 def test_check():
     run = command_line("--check")
     assert run.returncode == 0, run.stderr
-    assert "GPU: " in run.stdout and "mani_skill 3.0.1" in run.stdout and "first frame after" in run.stdout
+    assert (
+        "GPU: " in run.stdout
+        and "mani_skill 3.0.1" in run.stdout
+        and "first frame after" in run.stdout
+    )
 
 
 def test_check_without_a_driver():
-    run = command_line("--check", VK_ICD_FILENAMES="/nonexistent.json", VK_DRIVER_FILES="/nonexistent.json")
+    run = command_line(
+        "--check", VK_ICD_FILENAMES="/nonexistent.json", VK_DRIVER_FILES="/nonexistent.json"
+    )
     assert run.returncode == 2 and run.stderr.startswith("error: no Vulkan device")
     assert "lavapipe" in run.stderr and "Traceback" not in run.stderr
 

@@ -15,7 +15,14 @@ import views
 
 
 def make_one(drawn, assets="builtin"):
-    return envs_cuda.CudaVecEnv(1, assets, None, drawn, "physx_cpu", f"sapien_{envs.render_backend().replace('gpu', 'cuda')}")
+    return envs_cuda.CudaVecEnv(
+        1,
+        assets,
+        None,
+        drawn,
+        "physx_cpu",
+        f"sapien_{envs.render_backend().replace('gpu', 'cuda')}",
+    )
 
 
 def same_picture(a, b):
@@ -30,7 +37,11 @@ def test_one_scene_plays_as_envs_py():
     with make_one(drawn) as vec:
         env.reset(seed=0, options=dict(episode_ids=[3], split="clutter-2", reconfigure=True))
         random_state = torch.get_rng_state()
-        obs, done, rewards = vec.reset([3], "clutter-2", exact=True, alter_seed=5), torch.tensor([False]), []
+        obs, done, rewards = (
+            vec.reset([3], "clutter-2", exact=True, alter_seed=5),
+            torch.tensor([False]),
+            [],
+        )
         assert vec.instructions == [env.instruction]
         while not done.all():
             rgb, ids = env.picture()
@@ -39,7 +50,10 @@ def test_one_scene_plays_as_envs_py():
                 draw = [5, 3, env.elapsed] + [1] * (name == "rgb_pre")
                 want[name] = view(env, np.random.default_rng(draw))
             for name, picture in want.items():
-                assert same_picture(obs[name][0] * (255 if name == "mask" else 1), picture), (name, env.elapsed)
+                assert same_picture(obs[name][0] * (255 if name == "mask" else 1), picture), (
+                    name,
+                    env.elapsed,
+                )
             assert np.allclose(obs["state"][0], env.state(), atol=2e-3)
             chunk, wanted = [], 0.0
             for _ in range(5):
@@ -50,9 +64,15 @@ def test_one_scene_plays_as_envs_py():
             obs, reward, done, info = vec.step(torch.from_numpy(np.stack(chunk))[None])
             assert reward.item() == pytest.approx(wanted, abs=1e-5)
             rewards.append(wanted)
-            assert (info["success"].item(), info["success_once"].item()) == (env.success, env.success_once)
+            assert (info["success"].item(), info["success_once"].item()) == (
+                env.success,
+                env.success_once,
+            )
             assert info["grasped"].item() == env.ever_grasped
-        assert sum(rewards) == pytest.approx(1.2) == info["episode_return"].item() and vec.elapsed == 20
+        assert (
+            sum(rewards) == pytest.approx(1.2) == info["episode_return"].item()
+            and vec.elapsed == 20
+        )
         assert torch.equal(random_state, torch.get_rng_state())
 
         # Cameras and lights: those of the episode, and what the views draw from
@@ -63,7 +83,9 @@ def test_one_scene_plays_as_envs_py():
             obs = vec.reset([4], split)
             assert same_picture(obs["rgb"][0], env.picture()[0]), split
             if view:
-                assert same_picture(obs["rgb_pre"][0], view(env, np.random.default_rng([0, 4, 0, 1])))
+                assert same_picture(
+                    obs["rgb_pre"][0], view(env, np.random.default_rng([0, 4, 0, 1]))
+                )
         vec.reset([4], "camera+20")
         theirs = vec.map(views.render_backgrounds, ([2, 17],))[0]
         assert same_picture(theirs, views.render_backgrounds([env], [2, 17]))
@@ -102,7 +124,12 @@ def three():
         "cpu",
         envs.PACKS["builtin"],
     )
-    env.objects, env.plate, env.fingers, env.table_tops = bodies[:25], bodies[25], [bodies[26], bodies[26]], bodies[27:30]
+    env.objects, env.plate, env.fingers, env.table_tops = (
+        bodies[:25],
+        bodies[25],
+        [bodies[26], bodies[26]],
+        bodies[27:30],
+    )
     env.episodes = [envs.sample_episode(i, "clutter-2", env.pack) for i in (0, 1, 2)]
     env.picture = lambda tables=None: (data.clone(), None)
     env.contact_query = None
@@ -140,7 +167,10 @@ def test_forces_belong_to_the_target_of_their_scene(three):
         return SimpleNamespace(cuda_impulses=SimpleNamespace(torch=lambda: value))
 
     px = env.scene.px
-    px.gpu_create_contact_pair_impulse_query, px.gpu_query_contact_pair_impulses = create, asked.append
+    px.gpu_create_contact_pair_impulse_query, px.gpu_query_contact_pair_impulses = (
+        create,
+        asked.append,
+    )
     for _ in range(2):
         forces = env.contact_forces()
     assert len(made) == 1 and len(asked) == 2  # one query for all, made once an episode
@@ -148,7 +178,9 @@ def test_forces_belong_to_the_target_of_their_scene(three):
     for n, e in enumerate(env.episodes):
         for j, other in enumerate((26, 26, 25)):
             assert made[0][3 * n + j] == ((e.target, n), (other, n))
-            assert torch.allclose(forces[n, j], torch.arange(3.0) + 3 * (3 * n + j))  # impulses / 0.01 s
+            assert torch.allclose(
+                forces[n, j], torch.arange(3.0) + 3 * (3 * n + j)
+            )  # impulses / 0.01 s
 
 
 def test_every_robot_gets_its_look(monkeypatch):
@@ -156,7 +188,9 @@ def test_every_robot_gets_its_look(monkeypatch):
     monkeypatch.setattr(envs.sapien_utils, "set_articulation_render_material",
                         lambda robot, **look: looks.append((robot, look)))  # fmt: skip
     env = SimpleNamespace(agent=SimpleNamespace(robot=SimpleNamespace(_objs=[7, 8, 9])), pack=pack)
-    monkeypatch.setattr(envs, "super", lambda: SimpleNamespace(_load_agent=lambda *_: None), raising=False)
+    monkeypatch.setattr(
+        envs, "super", lambda: SimpleNamespace(_load_agent=lambda *_: None), raising=False
+    )
     envs.PutOnPlate._load_agent(env, {})
     assert looks == [(robot, pack.robot_look) for robot in (7, 8, 9)] and pack.robot_look
 

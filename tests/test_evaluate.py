@@ -78,8 +78,18 @@ class Toy:
             self.once |= now
             self.total += action[:, 0]
             self.elapsed += 1
-        info = {"success": now, "success_once": self.once.clone(), "grasped": now, "episode_return": self.total.clone()}
-        return self.observe(), self.total.clone(), torch.full((self.num_envs,), self.elapsed >= 5), info
+        info = {
+            "success": now,
+            "success_once": self.once.clone(),
+            "grasped": now,
+            "episode_return": self.total.clone(),
+        }
+        return (
+            self.observe(),
+            self.total.clone(),
+            torch.full((self.num_envs,), self.elapsed >= 5),
+            info,
+        )
 
 
 class Decision(NamedTuple):
@@ -129,11 +139,16 @@ def test_wilson_refuses_nonsense(k, n):
 
 
 def rows_of(table):
-    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
+    return {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in table.splitlines()
+    }
 
 
 def test_table_text():
-    records = make_records("train", [1] * 8 + [0] * 2, at_end=[1] * 5 + [0] * 5) + make_records("texture", [0] * 10)
+    records = make_records("train", [1] * 8 + [0] * 2, at_end=[1] * 5 + [0] * 5) + make_records(
+        "texture", [0] * 10
+    )
     assert ev.ood_table(records).splitlines() == [
         "| split | success_once % | success_at_end % | n |",
         "| --- | --- | --- | --- |",
@@ -148,12 +163,26 @@ def test_table_without_ood_splits_has_no_average():
 
 
 def test_ood_average_counts_clutter_once():
-    rates = {"train": 100, "texture": 90, "lighting": 80, "pose": 70, "clutter-2": 60, "clutter-4": 50, "clutter-6": 40}
+    rates = {
+        "train": 100,
+        "texture": 90,
+        "lighting": 80,
+        "pose": 70,
+        "clutter-2": 60,
+        "clutter-4": 50,
+        "clutter-6": 40,
+    }
     rates |= {"clutter-8": 34}
-    records = [r for split, rate in rates.items() for r in make_records(split, [1] * rate + [0] * (100 - rate))]
+    records = [
+        r
+        for split, rate in rates.items()
+        for r in make_records(split, [1] * rate + [0] * (100 - rate))
+    ]
     rows = rows_of(ev.ood_table(records))
     average = rows["OOD average (texture, lighting, pose, clutter)"]
-    assert average[0].startswith("71.5 ")  # (90 + 80 + 70 + 46) / 4; the plain mean of the seven would be 60.6
+    assert average[0].startswith(
+        "71.5 "
+    )  # (90 + 80 + 70 + 46) / 4; the plain mean of the seven would be 60.6
     assert average[2] == "700"
     assert ev.ood_weights(["train", "camera+20", "camera-20", "pose"]) == {
         "camera+20": 0.25,
@@ -169,7 +198,9 @@ def test_ood_average_interval_covers_the_truth(shared):
     for _ in range(200):
         luck = rng.random((1 if shared else len(OOD), 64))
         outcomes = np.broadcast_to(luck < 0.7, (len(OOD), 64))
-        table = ev.ood_table([r for split, row in zip(OOD, outcomes, strict=True) for r in make_records(split, row)])
+        table = ev.ood_table(
+            [r for split, row in zip(OOD, outcomes, strict=True) for r in make_records(split, row)]
+        )
         low, high = map(float, re.search(r"OOD average .*?\[(.*?), (.*?)\]", table).groups())
         covered += low <= 70.0 <= high
         widths.append(high - low)
@@ -179,7 +210,9 @@ def test_ood_average_interval_covers_the_truth(shared):
 
 def test_bootstrap_identical_runs():
     records = make_records("train", [1, 0, 1, 1]) + make_records("texture", [0, 0, 1, 1])
-    differences = ev.paired_bootstrap(records, records[::-1])  # the order of the lines means nothing
+    differences = ev.paired_bootstrap(
+        records, records[::-1]
+    )  # the order of the lines means nothing
     assert [d.name for d in differences] == ["train", "texture", "OOD average", "all splits"]
     assert [d.pairs for d in differences] == [4, 4, 4, 8]
     for d in differences:
@@ -198,7 +231,9 @@ def test_bootstrap_matches_its_exact_distribution():
     d = ev.paired_bootstrap(make_records("train", a), make_records("train", b))[0]
     assert d.rate_b - d.rate_a == pytest.approx(0.25)
     exact = stats.binom(40, 0.25).ppf([0.025, 0.975]) / 40
-    assert (d.low, d.high) == pytest.approx(tuple(exact), abs=1 / 40 + 1e-9)  # one step of the distribution
+    assert (d.low, d.high) == pytest.approx(
+        tuple(exact), abs=1 / 40 + 1e-9
+    )  # one step of the distribution
 
 
 def test_pairing_matters():
@@ -224,25 +259,40 @@ def test_bootstrap_ood_average_counts_clutter_once_and_keeps_ids_together():
     assert average["all splits"].rate_b == pytest.approx(1 / 7)
     # The same ids improve in every split: averaging seven copies must not shorten the interval.
     improved = [1] * 15 + [0] * 35
-    together = {d.name: d for d in ev.paired_bootstrap(a, [r for split in OOD for r in make_records(split, improved)])}
+    together = {
+        d.name: d
+        for d in ev.paired_bootstrap(a, [r for split in OOD for r in make_records(split, improved)])
+    }
     assert together["OOD average"].high - together["OOD average"].low == pytest.approx(
         together["pose"].high - together["pose"].low
     )
 
 
 def test_bootstrap_splits_of_unequal_size_and_seeds():
-    a = make_records("train", [0] * 30) + make_records("pose", [0] * 30) + make_records("pose", [0] * 30, seed=1)
-    b = make_records("train", [1] * 30) + make_records("pose", [1, 0, 0] * 10) + make_records("pose", [1, 1, 0] * 10, seed=1)
+    a = (
+        make_records("train", [0] * 30)
+        + make_records("pose", [0] * 30)
+        + make_records("pose", [0] * 30, seed=1)
+    )
+    b = (
+        make_records("train", [1] * 30)
+        + make_records("pose", [1, 0, 0] * 10)
+        + make_records("pose", [1, 1, 0] * 10, seed=1)
+    )
     differences = {d.name: d for d in ev.paired_bootstrap(a, b)}
     assert (differences["train"].pairs, differences["pose"].pairs) == (30, 60)
     assert (differences["train"].low, differences["train"].high) == (1, 1)
     assert differences["pose"].rate_b == pytest.approx(0.5)
-    few = make_records("train", [1] * 30) + make_records("pose", [1, 0])  # many draws hold neither of the two
+    few = make_records("train", [1] * 30) + make_records(
+        "pose", [1, 0]
+    )  # many draws hold neither of the two
     assert all((d.low, d.high) == (0, 0) for d in ev.paired_bootstrap(few, few))
 
 
 def test_bootstrap_unmatched_episodes_are_a_fault():
-    with pytest.raises(ev.Fault, match=rf"^2 episodes .* train, episode {ev.EVAL_EPISODES_START + 2}, seed 0\)"):
+    with pytest.raises(
+        ev.Fault, match=rf"^2 episodes .* train, episode {ev.EVAL_EPISODES_START + 2}, seed 0\)"
+    ):
         ev.paired_bootstrap(make_records("train", [1] * 4), make_records("train", [1] * 2))
     with pytest.raises(ev.Fault, match="^4 episodes"):
         ev.paired_bootstrap(make_records("train", [1] * 2), make_records("train", [1] * 2, seed=1))
@@ -270,10 +320,14 @@ def test_last_batch_is_padded_and_the_padding_dropped():
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_record_values(chunk):
     """At temperature 0 the toy policy acts +0.5 or -0.5 by the parity of (episode id + elapsed steps)."""
-    records = ev.evaluate(Noisy(chunk), Toy(2), "pose", ev.eval_episode_ids(2), temperature=0, seed=3)
+    records = ev.evaluate(
+        Noisy(chunk), Toy(2), "pose", ev.eval_episode_ids(2), temperature=0, seed=3
+    )
     looks = range(0, 5, chunk)
     for i, record in enumerate(records):
-        signs = [0.5 if (i + look) % 2 else -0.5 for look in looks for _ in range(min(chunk, 5 - look))]
+        signs = [
+            0.5 if (i + look) % 2 else -0.5 for look in looks for _ in range(min(chunk, 5 - look))
+        ]
         assert record == {
             "split": "pose",
             "episode_id": 1_000_000_000 + i,
@@ -289,7 +343,10 @@ def test_record_values(chunk):
 def test_noise_depends_on_seed_split_and_batch_alone():
     def returns(split="train", seed=0, disturb=0):
         torch.manual_seed(disturb)
-        return [r["sum_reward"] for r in ev.evaluate(Noisy(), Toy(), split, ev.eval_episode_ids(8), 1.0, seed=seed)]
+        return [
+            r["sum_reward"]
+            for r in ev.evaluate(Noisy(), Toy(), split, ev.eval_episode_ids(8), 1.0, seed=seed)
+        ]
 
     assert returns() == returns(disturb=7)
     assert len(set(returns())) == 8  # each episode its own noise, in the second batch too
@@ -312,9 +369,12 @@ def test_callers_random_state_does_not_move():
 def test_videos_carry_the_outcome_and_show_what_the_policy_saw(tmp_path):
     import imageio
 
-    records = ev.evaluate(Noisy(5), Toy(2), "clutter-4", ev.eval_episode_ids(4), 0, video_dir=tmp_path, num_videos=3)
+    records = ev.evaluate(
+        Noisy(5), Toy(2), "clutter-4", ev.eval_episode_ids(4), 0, video_dir=tmp_path, num_videos=3
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"clutter-4_100000000{i}_{'success' if records[i]['success_once'] else 'failure'}.mp4" for i in range(3)
+        f"clutter-4_100000000{i}_{'success' if records[i]['success_once'] else 'failure'}.mp4"
+        for i in range(3)
     ]
     assert {r["success_once"] for r in records} == {True, False}
     frames = np.stack(imageio.mimread(tmp_path / "clutter-4_1000000001_success.mp4"))
@@ -340,7 +400,11 @@ def toy_world(tmp_path, monkeypatch):
         pass
 
     monkeypatch.setitem(
-        sys.modules, "policies", types.SimpleNamespace(PolicyError=PolicyError, load_policy=load_policy, DTYPES=dict(auto=None))
+        sys.modules,
+        "policies",
+        types.SimpleNamespace(
+            PolicyError=PolicyError, load_policy=load_policy, DTYPES=dict(auto=None)
+        ),
     )
     monkeypatch.setattr(ev, "make_envs", lambda num_envs, *_, **__: Toy(num_envs))
     (tmp_path / "args.json").write_text(json.dumps({"backbone": "toy", "assets": "builtin"}))
@@ -349,17 +413,27 @@ def toy_world(tmp_path, monkeypatch):
 
 def test_main_writes_records_table_and_videos(toy_world, capsys):
     checkpoint, loaded = toy_world
-    args = ev.Args(str(checkpoint), splits=("train", "pose"), num_episodes=6, num_envs=4, seeds=(0, 1), video=1)
+    args = ev.Args(
+        str(checkpoint), splits=("train", "pose"), num_episodes=6, num_envs=4, seeds=(0, 1), video=1
+    )
     ev.main(args)
     assert loaded == [("toy", str(checkpoint))]
     records = ev.read_records(checkpoint / "eval")  # a directory
     assert records == ev.read_records(checkpoint / "eval" / "episodes.jsonl")  # or the file
-    assert [(r["split"], r["seed"]) for r in records] == [(s, k) for s in ("train", "pose") for k in (0, 1) for _ in range(6)]
-    assert [r["episode_id"] for r in records[:12]] == ev.eval_episode_ids(6, 0) + ev.eval_episode_ids(6, 1)
+    assert [(r["split"], r["seed"]) for r in records] == [
+        (s, k) for s in ("train", "pose") for k in (0, 1) for _ in range(6)
+    ]
+    assert [r["episode_id"] for r in records[:12]] == ev.eval_episode_ids(
+        6, 0
+    ) + ev.eval_episode_ids(6, 1)
     expected = ev.evaluate(Noisy(), Toy(4), "pose", ev.eval_episode_ids(6, 1), 0.6, seed=1)
     assert records[18:] == expected  # the file gives back what evaluate returned
     table = (checkpoint / "eval" / "table.md").read_text()
-    assert table.startswith(ev.ood_table(records)) and "temperature 0.6" in table and "seeds 0 1" in table
+    assert (
+        table.startswith(ev.ood_table(records))
+        and "temperature 0.6" in table
+        and "seeds 0 1" in table
+    )
     assert ev.ood_table(records) in capsys.readouterr().out
     assert sorted(p.name[:16] for p in (checkpoint / "eval/videos").iterdir()) == [
         "pose_1000000000_",
@@ -520,9 +594,16 @@ def test_real_simulator_runs_the_same_episodes_twice():
     policy, ids = load_policy("openvla-tiny"), ev.eval_episode_ids(2)
     with ev.make_envs(2, image_size=policy.image_size) as envs:
         watched = [Watched(policy) for _ in range(3)]
-        runs = [ev.evaluate(w, envs, s, ids, 0.6) for w, s in zip(watched, ("train", "pose", "train"), strict=True)]
-        assert len(watched[0].states) * policy.chunk == envs.max_episode_steps == runs[0][0]["steps"]
+        runs = [
+            ev.evaluate(w, envs, s, ids, 0.6)
+            for w, s in zip(watched, ("train", "pose", "train"), strict=True)
+        ]
+        assert (
+            len(watched[0].states) * policy.chunk == envs.max_episode_steps == runs[0][0]["steps"]
+        )
     states = [torch.stack(w.states) for w in watched]  # (decisions, N, 8)
     assert runs[0] == runs[2] and torch.equal(states[0], states[2])
     assert not torch.equal(states[0], states[1]) and not torch.equal(states[0][-1], states[0][0])
-    assert [r["instruction"] for r in runs[0]] == [r["instruction"] for r in runs[1]]  # one target per id in all splits
+    assert [r["instruction"] for r in runs[0]] == [
+        r["instruction"] for r in runs[1]
+    ]  # one target per id in all splits

@@ -19,7 +19,9 @@ def test_table_3():
     paper = dict(iterations=280, num_envs=320, num_steps=80, batch_size=5120, update_epochs=5, inv_coef=4.0, sen_coef=4.0,
                  sen_clip=0.08, horizon=8, replan=5, denoise_steps=4, noise_level=0.5)  # fmt: skip
     assert {name: pi05[name] for name in paper} == paper
-    assert pi05["num_envs"] * pi05["num_steps"] // pi05["replan"] == pi05["batch_size"]  # one optimizer step an epoch
+    assert (
+        pi05["num_envs"] * pi05["num_steps"] // pi05["replan"] == pi05["batch_size"]
+    )  # one optimizer step an epoch
     defaults = ppo_pair.Args()
     assert (defaults.gamma, defaults.gae_lambda, defaults.clip_coef) == (0.99, 0.95, 0.2)
 
@@ -45,8 +47,17 @@ def test_files_are_plain_ascii():
 
 def test_every_flag_in_the_readmes_exists():
     """As a field of some command line of ours, under that very name: --no-x is one only where tyro makes it."""
-    torchrun_and_tensorboard = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "logdir"}
+    torchrun_and_tensorboard = {
+        "nproc-per-node",
+        "nnodes",
+        "rdzv-backend",
+        "rdzv-endpoint",
+        "rdzv-id",
+        "logdir",
+    }
     code = "\n".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")))
     fields = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", code, re.MULTILINE)}
-    flags = set(re.findall(r"--([a-z][a-z0-9-]*[a-z0-9])", "\n".join(path.read_text() for path in PAGES)))
+    flags = set(
+        re.findall(r"--([a-z][a-z0-9-]*[a-z0-9])", "\n".join(path.read_text() for path in PAGES))
+    )
     assert flags - fields - torchrun_and_tensorboard == set()

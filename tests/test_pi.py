@@ -26,7 +26,11 @@ def official(request):
     """policy, inputs and outputs of openpi's and RLinf's own code."""
     directory = GOLDEN / f"{request.param}_tiny_a"
     policy = policies.load_policy(request.param, directory, dtype=torch.float32)
-    return policy, load_file(directory / "inputs.safetensors"), load_file(directory / "outputs.safetensors")
+    return (
+        policy,
+        load_file(directory / "inputs.safetensors"),
+        load_file(directory / "outputs.safetensors"),
+    )
 
 
 def prefix_of(policy, x, images="images"):
@@ -44,8 +48,12 @@ def latent_of(chain, k):
 def test_golden_prefix_and_velocity(official):
     policy, x, y = official
     prefix = prefix_of(policy, x)
-    assert prefix.mask.shape[1] < y["prefix_pad_masks"].shape[1]  # a camera and some padding were not computed
-    torch.testing.assert_close(prefix.hidden[prefix.mask], y["prefix_hidden"][y["prefix_pad_masks"]], **EXACT)
+    assert (
+        prefix.mask.shape[1] < y["prefix_pad_masks"].shape[1]
+    )  # a camera and some padding were not computed
+    torch.testing.assert_close(
+        prefix.hidden[prefix.mask], y["prefix_hidden"][y["prefix_pad_masks"]], **EXACT
+    )
     for t, v in zip(x["velocity_times"], y["velocity"]):
         torch.testing.assert_close(policy.velocity(prefix, x["state"], x["x_query"], t), v, **EXACT)
     v = policy.velocity(prefix, x["state"], x["x_query"], x["sft_time"])
@@ -83,17 +91,23 @@ def test_golden_flow_sde(official, k, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda mean: x["step_noise"][k])
     stochastic = torch.zeros(len(chain), 4, dtype=torch.bool)
     stochastic[:, k] = True
-    torch.testing.assert_close(policy.sde(prefix, x["state"], x["noise"], stochastic), chain, **EXACT)
+    torch.testing.assert_close(
+        policy.sde(prefix, x["state"], x["noise"], stochastic), chain, **EXACT
+    )
 
     latent = latent_of(chain, k)
     dist, value = policy.distribution(prefix, x["state"], latent)
     torch.testing.assert_close(dist[:, 0, 0], y[f"sde_k{k}.mean"][:, :5, :7], **EXACT)
     torch.testing.assert_close(dist[:, 1, 0], y[f"sde_k{k}.std"][:, :5, :7], **EXACT)
-    torch.testing.assert_close(policy.logprob(dist, latent), y[f"sde_k{k}.logprob"].sum((1, 2)), **EXACT)
+    torch.testing.assert_close(
+        policy.logprob(dist, latent), y[f"sde_k{k}.logprob"].sum((1, 2)), **EXACT
+    )
     expected = y["values_valid_tokens"] if policy.pi05 else y[f"sde_k{k}.revalues"][:, 0]
     torch.testing.assert_close(value, expected, **EXACT)
     view, _ = policy.distribution(prefix_of(policy, x, "images_view"), x["state"], latent)
-    torch.testing.assert_close(policy.kl(dist, view), y[f"derived.kl_k{k}"][:, :5, :7].mean((1, 2)), atol=4e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        policy.kl(dist, view), y[f"derived.kl_k{k}"][:, :5, :7].mean((1, 2)), atol=4e-5, rtol=1e-4
+    )
 
 
 @golden
@@ -102,12 +116,16 @@ def test_golden_all_steps_stochastic(official, monkeypatch):
     policy, x, y = official
     prefix, chain, noise = prefix_of(policy, x), y["sde_all.chains"], iter(x["step_noise"])
     monkeypatch.setattr(torch, "randn_like", lambda mean: next(noise))
-    torch.testing.assert_close(policy.sde(prefix, x["state"], x["noise"], torch.ones(3, 4).bool()), chain, **EXACT)
+    torch.testing.assert_close(
+        policy.sde(prefix, x["state"], x["noise"], torch.ones(3, 4).bool()), chain, **EXACT
+    )
     latent = torch.cat([chain, torch.zeros_like(chain[:, :1])], 1)
     dist, _ = policy.distribution(prefix, x["state"], latent)
     torch.testing.assert_close(dist[:, 0], y["sde_all.means"][..., :5, :7], **EXACT)
     torch.testing.assert_close(dist[:, 1, :, 0, 0], y["sde_all.stds"], **EXACT)
-    expected = y["sde_all.logprob_per_step_full"][:, 1:, :5, :7].sum((1, 2, 3))  # entry 0: the start, which cancels
+    expected = y["sde_all.logprob_per_step_full"][:, 1:, :5, :7].sum(
+        (1, 2, 3)
+    )  # entry 0: the start, which cancels
     torch.testing.assert_close(policy.logprob(dist, latent), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -126,9 +144,15 @@ def test_golden_gradients(official, what):
         if what == "derived.kl":
             view, _ = policy.distribution(prefix_of(policy, x, "images_view"), x["state"], latent)
             loss = policy.kl(dist, view.detach())
-            torch.testing.assert_close(loss.mean(), y["derived.kl_loss_k1"][0], atol=4e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                loss.mean(), y["derived.kl_loss_k1"][0], atol=4e-5, rtol=1e-4
+            )
     loss.mean().backward()
-    grads = {key.removeprefix(f"{what}.grad.").removeprefix(f"{what}_grad."): g for key, g in y.items() if "grad." in key}
+    grads = {
+        key.removeprefix(f"{what}.grad.").removeprefix(f"{what}_grad."): g
+        for key, g in y.items()
+        if "grad." in key
+    }
     grads = {key: g for key, g in grads.items() if not key.startswith(("sft.", "rl.", "derived."))}
     assert len(grads) == 7
     parameters = dict(policy.named_parameters())
@@ -147,7 +171,9 @@ def test_golden_half_precision(kind):
     assert policy.dtype == torch.bfloat16 and policy.action_in_proj.weight.dtype == torch.float32
     x, y = load_file(directory / "inputs.safetensors"), load_file(directory / "outputs.safetensors")
     prefix = prefix_of(policy, x)
-    v = torch.stack([policy.velocity(prefix, x["state"], x["x_query"], t) for t in x["velocity_times"]])
+    v = torch.stack(
+        [policy.velocity(prefix, x["state"], x["x_query"], t) for t in x["velocity_times"]]
+    )
     assert v.dtype == torch.float32 and (v - y["velocity"]).abs().mean() < 0.05
 
 
@@ -156,7 +182,10 @@ def test_golden_half_precision(kind):
 def test_golden_preprocessing(kind):
     """Images, states, actions and prompts, both ways, with official statistics."""
     policy = policies.load_policy(kind, GOLDEN / f"{kind}_tiny_a", dtype=torch.float32)
-    prep, text = load_file(GOLDEN / "pi_prep/prep.safetensors"), json.loads((GOLDEN / "pi_prep/prep.json").read_text())
+    prep, text = (
+        load_file(GOLDEN / "pi_prep/prep.safetensors"),
+        json.loads((GOLDEN / "pi_prep/prep.json").read_text()),
+    )
     for size, image in ((28, "image_48x64"), (224, "image_480x640")):
         policy.image_size = size
         ours = ((policy.preprocess(prep[image][None]) + 1) * 127.5).permute(0, 2, 3, 1)[0]
@@ -169,10 +198,18 @@ def test_golden_preprocessing(kind):
     policy.use_norm_stats("norm_stats")
     rule = "quantile" if policy.pi05 else "zscore"
     exact = {"atol": 1e-6, "rtol": 1e-6}
-    torch.testing.assert_close(policy.normalize("state", prep["state_raw"]), prep[f"{rule}.state"], **exact)
-    torch.testing.assert_close(policy.normalize("actions", prep["actions_raw"]), prep[f"{rule}.actions"], **exact)
-    torch.testing.assert_close(policy.unnormalize(prep["model_actions"]), prep[f"{rule}.unnorm_actions"], **exact)
-    torch.testing.assert_close(policy.env_action(prep["model_actions"]), prep[f"{rule}.env_actions"], **exact)
+    torch.testing.assert_close(
+        policy.normalize("state", prep["state_raw"]), prep[f"{rule}.state"], **exact
+    )
+    torch.testing.assert_close(
+        policy.normalize("actions", prep["actions_raw"]), prep[f"{rule}.actions"], **exact
+    )
+    torch.testing.assert_close(
+        policy.unnormalize(prep["model_actions"]), prep[f"{rule}.unnorm_actions"], **exact
+    )
+    torch.testing.assert_close(
+        policy.env_action(prep["model_actions"]), prep[f"{rule}.env_actions"], **exact
+    )
 
     for row in text["prompts"]:
         official = [piece for piece, _ in row["pi0_or_stateless_pi05_encode_calls"]]
@@ -227,7 +264,14 @@ def inputs():
     there = torch.tensor([[True, False, False], [True, False, False], [True, True, False]])
     tokens = torch.randint(4, 100, (3, 12), generator=generator)
     mask = torch.arange(12) < torch.tensor([[5], [9], [3]])
-    return images, there, tokens, mask, torch.randn(3, 32, generator=generator), torch.randn(3, 8, 32, generator=generator)
+    return (
+        images,
+        there,
+        tokens,
+        mask,
+        torch.randn(3, 32, generator=generator),
+        torch.randn(3, 8, 32, generator=generator),
+    )
 
 
 def literal_attention(q, k, v, visible):
@@ -269,20 +313,29 @@ def test_joint_attention_and_adarms_equal_the_literal_formulas(policy, inputs):
     def norm(h, key, cond):  # -> normed, gate
         if key + ".weight" in w:
             return rms(h) * (1 + w[key + ".weight"]), 1.0
-        scale, shift, gate = (w[key + ".dense.weight"] @ cond + w[key + ".dense.bias"]).split(h.shape[-1])
+        scale, shift, gate = (w[key + ".dense.weight"] @ cond + w[key + ".dense.bias"]).split(
+            h.shape[-1]
+        )
         return rms(h) * (1 + scale) + shift, gate
 
-    seen = policy._see(images[b, :2]).flatten(0, 1)  # two cameras (4 patches each); the tower has its own test
+    seen = policy._see(images[b, :2]).flatten(
+        0, 1
+    )  # two cameras (4 patches each); the tower has its own test
     words = w["paligemma.lm_head.weight"][tokens[b, mask[b]]] * 64**0.5
     omega = 2 * math.pi / (4e-3 * 1000 ** torch.linspace(0, 1, 16, dtype=torch.float64))
-    time = torch.cat([(omega * float(torch.tensor(t))).sin(), (omega * float(torch.tensor(t))).cos()]).float()
+    time = torch.cat(
+        [(omega * float(torch.tensor(t))).sin(), (omega * float(torch.tensor(t))).cos()]
+    ).float()
     action, cond = F.linear(x[b], w["action_in_proj.weight"], w["action_in_proj.bias"]), None
     if policy.pi05:
         cond = F.silu(policy.time_mlp_out(F.silu(policy.time_mlp_in(time))))
     else:
         h = F.silu(policy.action_time_mlp_in(torch.cat([action, time.expand(8, -1)], -1)))
         action = torch.cat([policy.state_proj(state[b])[None], policy.action_time_mlp_out(h)])
-    streams = {"paligemma.model.language_model": torch.cat([seen, words]), "gemma_expert.model": action}
+    streams = {
+        "paligemma.model.language_model": torch.cat([seen, words]),
+        "gemma_expert.model": action,
+    }
     p, s = (len(h) for h in streams.values())
     visible = torch.ones(p + s, p + s).bool()
     visible[:p, p:] = False
@@ -294,14 +347,22 @@ def test_joint_attention_and_adarms_equal_the_literal_formulas(policy, inputs):
         for name, h in streams.items():
             y, gates[name] = norm(h, f"{name}.layers.{i}.input_layernorm", cond)
             for part in "qkv":
-                qkv[part].append((y @ w[f"{name}.layers.{i}.self_attn.{part}_proj.weight"].T).unflatten(-1, (-1, 16)))
+                qkv[part].append(
+                    (y @ w[f"{name}.layers.{i}.self_attn.{part}_proj.weight"].T).unflatten(
+                        -1, (-1, 16)
+                    )
+                )
         q, k, v = (torch.cat(qkv[part]) for part in "qkv")
-        out = literal_attention(literal_rotary(q, positions), literal_rotary(k, positions)[:, 0], v[:, 0], visible)
+        out = literal_attention(
+            literal_rotary(q, positions), literal_rotary(k, positions)[:, 0], v[:, 0], visible
+        )
         for name, y in zip(streams, out.split([p, s])):
             layer = f"{name}.layers.{i}"
             h = streams[name] + gates[name] * (y @ w[f"{layer}.self_attn.o_proj.weight"].T)
             y, gate = norm(h, f"{layer}.post_attention_layernorm", cond)
-            up = F.gelu(y @ w[f"{layer}.mlp.gate_proj.weight"].T, approximate="tanh") * (y @ w[f"{layer}.mlp.up_proj.weight"].T)
+            up = F.gelu(y @ w[f"{layer}.mlp.gate_proj.weight"].T, approximate="tanh") * (
+                y @ w[f"{layer}.mlp.up_proj.weight"].T
+            )
             streams[name] = h + gate * (up @ w[f"{layer}.mlp.down_proj.weight"].T)
     hidden = [norm(h, f"{name}.norm", cond)[0] for name, h in streams.items()]
     torch.testing.assert_close(prefix.hidden[b][prefix.mask[b]], hidden[0], atol=2e-5, rtol=1e-4)
@@ -315,16 +376,27 @@ def test_pi0_equals_transformers(inputs):
     from transformers import PI0Config, PI0ForConditionalGeneration
 
     policy, (images, there, tokens, mask, state, x) = small("pi0"), inputs
-    text = {"model_type": "gemma", "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}
+    text = {
+        "model_type": "gemma",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
     vision = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "hidden_size": 32,
               "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vision_use_head": False,
               "projection_dim": 64, "hidden_act": "gelu_pytorch_tanh"}  # fmt: skip
     vlm = {"model_type": "paligemma", "vision_config": vision, "projection_dim": 64, "image_token_id": 127,
            "text_config": text | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}}  # fmt: skip
     dit = text | {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
-    native = PI0ForConditionalGeneration(PI0Config(vlm_config=vlm, dit_config=dit, chunk_size=8)).eval()
+    native = PI0ForConditionalGeneration(
+        PI0Config(vlm_config=vlm, dit_config=dit, chunk_size=8)
+    ).eval()
     renames = [
-        ("paligemma_with_expert.paligemma.model.vision_tower.vision_model.", "model.vlm.vision_tower."),
+        (
+            "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
+            "model.vlm.vision_tower.",
+        ),
         ("paligemma_with_expert.paligemma.model.", "model.vlm."),
         ("paligemma_with_expert.paligemma.lm_head.", "model.vlm.language_model.embed_tokens."),
         ("paligemma_with_expert.gemma_expert.model.", "model.dit."),
@@ -337,16 +409,22 @@ def test_pi0_equals_transformers(inputs):
         old, new = next(((old, new) for old, new in renames if key.startswith(old)), ("", ""))
         state_dict[new + key.removeprefix(old)] = p
     missing, unexpected = native.load_state_dict(state_dict, strict=False)
-    assert missing == ["model.dit.embed_tokens.weight"] and all(key.startswith("value_head.") for key in unexpected)
+    assert missing == ["model.dit.embed_tokens.weight"] and all(
+        key.startswith("value_head.") for key in unexpected
+    )
 
-    there = there[:, :1]  # where the native model has images, it wants them in front of every prompt
+    there = there[
+        :, :1
+    ]  # where the native model has images, it wants them in front of every prompt
     ids = torch.cat([torch.full((3, 4), 127), tokens], 1)
     valid = torch.cat([torch.ones(3, 4).bool(), mask], 1)
     prefix = policy.prefix(images[:, :1], there, tokens, mask)
     for t in (1.0, 0.25, 0.01):
         output = native(state=state, noise=x, timestep=torch.full((3,), t), input_ids=ids, pixel_values=images[:, :1],
                         pixel_attention_mask=there, attention_mask=valid)  # fmt: skip
-        torch.testing.assert_close(policy.velocity(prefix, state, x, t), output.logits, atol=3e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            policy.velocity(prefix, state, x, t), output.logits, atol=3e-4, rtol=1e-3
+        )
 
 
 def test_time_embedding_is_exact():
@@ -366,14 +444,20 @@ def test_what_is_not_there_changes_nothing(policy, inputs):
     v = policy.velocity(policy.prefix(images, there, tokens, mask), state, x, 0.5)
     noise = torch.where(there[..., None, None, None], images, torch.rand_like(images))
     ids = torch.where(mask, tokens, torch.randint_like(tokens, 100))
-    torch.testing.assert_close(policy.velocity(policy.prefix(noise, there, ids, mask), state, x, 0.5), v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        policy.velocity(policy.prefix(noise, there, ids, mask), state, x, 0.5), v, atol=1e-5, rtol=0
+    )
     for b in range(3):  # alone, without its neighbours' padding
-        prefix = policy.prefix(images[b : b + 1], there[b : b + 1], tokens[b : b + 1], mask[b : b + 1])
+        prefix = policy.prefix(
+            images[b : b + 1], there[b : b + 1], tokens[b : b + 1], mask[b : b + 1]
+        )
         assert prefix.mask.all()  # nothing superfluous is computed
         one = policy.velocity(prefix, state[b : b + 1], x[b : b + 1], 0.5)
         torch.testing.assert_close(one[0], v[b], atol=1e-5, rtol=0)
         assert prefix.hidden.shape[1] == 4 * there[b].sum() + mask[b].sum()
-        value = policy.prefix_value(policy.prefix(images, there, tokens, mask)) if policy.pi05 else None
+        value = (
+            policy.prefix_value(policy.prefix(images, there, tokens, mask)) if policy.pi05 else None
+        )
         if policy.pi05:
             torch.testing.assert_close(policy.prefix_value(prefix)[0], value[b], atol=1e-5, rtol=0)
 
@@ -384,11 +468,19 @@ def test_every_input_matters(policy, inputs):
     v = policy.velocity(policy.prefix(images, there, tokens, mask), state, x, 0.5)
 
     def moved(images=images, tokens=tokens, state=state, x=x, t=0.5):
-        return (policy.velocity(policy.prefix(images, there, tokens, mask), state, x, t) - v).abs().amax((1, 2))
+        return (
+            (policy.velocity(policy.prefix(images, there, tokens, mask), state, x, t) - v)
+            .abs()
+            .amax((1, 2))
+        )
 
     assert (moved(images=-images) > 1e-3).all() and (moved(tokens=tokens.roll(1, 1)) > 1e-3).all()
     assert (moved(x=x + 0.1) > 1e-3).all() and (moved(t=0.6) > 1e-3).all()
-    assert (moved(state=state + 1) > 1e-3).all() if not policy.pi05 else (moved(state=state + 1) == 0).all()
+    assert (
+        (moved(state=state + 1) > 1e-3).all()
+        if not policy.pi05
+        else (moved(state=state + 1) == 0).all()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ Flow-SDE
@@ -424,7 +516,9 @@ def test_added_drift_keeps_the_marginals():
     x = torch.randn(400, 8, 32)
     for k in range(n):
         t = 1 - k / n
-        v = x * (t - (1 - t) * data_std**2) / (t**2 + (1 - t) ** 2 * data_std**2)  # E[noise - action | x]
+        v = (
+            x * (t - (1 - t) * data_std**2) / (t**2 + (1 - t) ** 2 * data_std**2)
+        )  # E[noise - action | x]
         mean, std = policy.transition(x, v, k, n)
         x = mean + std * torch.randn_like(x)
     assert abs(x.std().item() / data_std - 1) < 0.02 and abs(x.mean()) < 0.01
@@ -448,7 +542,9 @@ def test_act_and_evaluate_agree(policy, obs, steps):
         one = prefix.take(torch.tensor([b]))
         for i in range(m):
             x, after = decision.latent[b : b + 1, i], decision.latent[b : b + 1, i + 1]
-            v = policy.velocity(one, None if state is None else state[b : b + 1], x, 1 - (k[b].item() + i) / 4)
+            v = policy.velocity(
+                one, None if state is None else state[b : b + 1], x, 1 - (k[b].item() + i) / 4
+            )
             mean, std = policy.transition(x, v, k[b].item() + i, 4)
             expected[b] += torch.distributions.Normal(mean, std).log_prob(after)[0, :5, :7].sum()
     torch.testing.assert_close(decision.logprob, expected, atol=1e-3, rtol=1e-5)
@@ -462,7 +558,9 @@ def test_each_sample_draws_its_own_step(obs):
     rgb, state = obs["rgb"][:1].expand(400, -1, -1, -1), obs["state"][:1].expand(400, -1)
     latent = policy.act({"rgb": rgb, "state": state}, TASKS[:1] * 400).latent
     k = latent[:, -1, 0, 0].long()
-    assert (latent[:, -1] == k[:, None, None]).all() and (k.bincount(minlength=4) - 100).abs().max() < 40
+    assert (latent[:, -1] == k[:, None, None]).all() and (
+        k.bincount(minlength=4) - 100
+    ).abs().max() < 40
     assert {name: rows.sum().item() for name, rows in policy.groups(latent).items()} == {
         f"k{i}": n for i, n in enumerate(k.bincount().tolist())
     }
@@ -488,27 +586,46 @@ def test_kl_is_a_mean_with_the_published_coefficients(inputs):
     torch.manual_seed(0)
     v, other = torch.randn(2, 3, 8, 32)
     for k, c in enumerate((0.125, 0.2109375, 0.6328125, 1.8984375)):
-        (mean, std), (mean_other, _) = policy.transition(x, v, k, 4), policy.transition(x, other, k, 4)
-        p, q = (torch.stack([m[:, None, :5, :7], std[:, None, :5, :7]], 1) for m in (mean, mean_other))
+        (mean, std), (mean_other, _) = (
+            policy.transition(x, v, k, 4),
+            policy.transition(x, other, k, 4),
+        )
+        p, q = (
+            torch.stack([m[:, None, :5, :7], std[:, None, :5, :7]], 1) for m in (mean, mean_other)
+        )
         kl = policy.kl(p, q)
-        torch.testing.assert_close(kl, c * (v - other)[:, :5, :7].pow(2).mean((1, 2)), atol=0, rtol=1e-4)
+        torch.testing.assert_close(
+            kl, c * (v - other)[:, :5, :7].pow(2).mean((1, 2)), atol=0, rtol=1e-4
+        )
         assert torch.equal(policy.kl(p, p), torch.zeros(3))
     samples = mean + std * torch.randn(5_000, *mean.shape)
-    logps = [torch.distributions.Normal(m, std).log_prob(samples)[..., :5, :7].mean((-1, -2)) for m in (mean, mean_other)]
+    logps = [
+        torch.distributions.Normal(m, std).log_prob(samples)[..., :5, :7].mean((-1, -2))
+        for m in (mean, mean_other)
+    ]
     torch.testing.assert_close((logps[0] - logps[1]).mean(0), kl, atol=0.02, rtol=0.04)
 
 
 def test_gradients_reach_every_weight_through_both_losses(policy, obs):
     torch.manual_seed(0)
     latent = policy.act(obs, TASKS).latent
-    new, view = policy.evaluate(obs, TASKS, latent), policy.evaluate({**obs, "rgb": obs["rgb"].flip(1)}, TASKS, latent)
+    new, view = (
+        policy.evaluate(obs, TASKS, latent),
+        policy.evaluate({**obs, "rgb": obs["rgb"].flip(1)}, TASKS, latent),
+    )
     (new.logprob.sum() + new.value.sum() + policy.kl(new.dist, view.dist).sum()).backward()
     # pi0.5's critic reads the VLM's last layer; of pi0's, the actions use only its keys and values
     last = f"language_model.layers.{policy.config['depth'] - 1}"
     idle = (
         ()
         if policy.pi05
-        else (f"{last}.self_attn.q", f"{last}.self_attn.o", f"{last}.mlp", f"{last}.post", "language_model.norm")
+        else (
+            f"{last}.self_attn.q",
+            f"{last}.self_attn.o",
+            f"{last}.mlp",
+            f"{last}.post",
+            "language_model.norm",
+        )
     )
     for key, p in policy.named_parameters():
         reached = p.grad is not None and p.grad.abs().sum() > 0
@@ -516,7 +633,10 @@ def test_gradients_reach_every_weight_through_both_losses(policy, obs):
     policy.zero_grad(set_to_none=True)
     policy.detach_value = True
     policy.evaluate(obs, TASKS, latent).value.sum().backward()
-    assert all((p.grad is not None) == key.startswith("value_head.") for key, p in policy.named_parameters())
+    assert all(
+        (p.grad is not None) == key.startswith("value_head.")
+        for key, p in policy.named_parameters()
+    )
     policy.detach_value = False
     policy.zero_grad(set_to_none=True)
 
@@ -540,9 +660,13 @@ def test_evaluation_is_the_ode(policy, obs):
     noise = torch.randn(3, 8, 32)
     torch.manual_seed(0)
     decision = policy.act(obs, TASKS, 0.6)
-    assert torch.equal(decision.actions, policy.env_action(policy.ode(*policy._observe(obs, TASKS), noise, 4)))
+    assert torch.equal(
+        decision.actions, policy.env_action(policy.ode(*policy._observe(obs, TASKS), noise, 4))
+    )
     assert decision.logprob is None  # a deterministic map has none
-    assert torch.equal(policy.act(obs, TASKS, 0).actions, policy.act(obs, TASKS, 0).actions)  # from no noise at all
+    assert torch.equal(
+        policy.act(obs, TASKS, 0).actions, policy.act(obs, TASKS, 0).actions
+    )  # from no noise at all
 
 
 def test_units_and_gripper(policy):
@@ -559,7 +683,9 @@ def test_a_squashed_picture_is_set_right(policy):
     """The environment squashes a 4:3 camera into a square; openpi sees it 4:3 between black bars."""
     rgb = torch.full((1, 28, 28, 3), 200, dtype=torch.uint8)
     x = policy.preprocess(rgb)[0, 0]
-    assert x.shape == (28, 28) and (x[:3] == -1).all() and (x[-4:] == -1).all() and (x[3:-4] > 0).all()
+    assert (
+        x.shape == (28, 28) and (x[:3] == -1).all() and (x[-4:] == -1).all() and (x[3:-4] > 0).all()
+    )
     policy.config["camera_aspect"] = 1.0
     assert (policy.preprocess(rgb) > 0).all()
     policy.config["camera_aspect"] = 4 / 3
@@ -570,13 +696,17 @@ def test_prompts_are_padded_on_the_right(policy):
     assert mask.tolist() == [[True] * 6 + [False], [True] * 7] and tokens[0, -1] == 0
     assert tokens[0, :6].tolist() == policy.tokenizer("put can on plate <out>")
     state = torch.zeros(2, 8)
-    assert policy.config["prompt"] and torch.equal(policy.tokenize(TASKS[:2], state=state)[0], policy.tokenize(TASKS[:2])[0])
+    assert policy.config["prompt"] and torch.equal(
+        policy.tokenize(TASKS[:2], state=state)[0], policy.tokenize(TASKS[:2])[0]
+    )
 
 
 def test_flow_matching_loss(policy, obs, monkeypatch):
     """The mean over draws, steps and dimensions of |v - (noise - action)|^2 at x_t = t noise + (1 - t) action; t near noise."""
     seen, real = [], policies.Pi0.flow_loss
-    monkeypatch.setattr(policies.Pi0, "flow_loss", lambda *a: seen.append((a, real(*a))) or seen[-1][1])
+    monkeypatch.setattr(
+        policies.Pi0, "flow_loss", lambda *a: seen.append((a, real(*a))) or seen[-1][1]
+    )
     unit = torch.linspace(-1, 1, 3 * 5 * 7, dtype=torch.float64).reshape(3, 5, 7)
     loss = policy.sft_loss(obs, TASKS, unit, draws=400)
     (_, prefix, state, actions, noise, t), errors = seen[0]
@@ -584,14 +714,26 @@ def test_flow_matching_loss(policy, obs, monkeypatch):
     expected = torch.cat([unit, unit[:, -1:].expand(-1, 3, -1)], 1).float()
     torch.testing.assert_close(actions[:3, :, :7], expected)
     assert not actions[..., 7:].any() and torch.equal(actions[:3], actions[-3:])
-    assert t.min() > 0.001 and t.max() <= 1.0 and abs(t.mean() - 0.6) < 0.02 and abs((t < 0.5).float().mean() - 0.5**1.5) < 0.05
+    assert (
+        t.min() > 0.001
+        and t.max() <= 1.0
+        and abs(t.mean() - 0.6) < 0.02
+        and abs((t < 0.5).float().mean() - 0.5**1.5) < 0.05
+    )
     b, x = 7, t[7] * noise[7] + (1 - t[7]) * actions[7]
-    v = policy.velocity(prefix.take(torch.tensor([b])), None if state is None else state[b : b + 1], x[None], t[b])
-    torch.testing.assert_close(errors[b], (v[0] - (noise[b] - actions[b])) ** 2, atol=1e-4, rtol=1e-4)
+    v = policy.velocity(
+        prefix.take(torch.tensor([b])), None if state is None else state[b : b + 1], x[None], t[b]
+    )
+    torch.testing.assert_close(
+        errors[b], (v[0] - (noise[b] - actions[b])) ** 2, atol=1e-4, rtol=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------ full size, on paper
-@pytest.mark.parametrize("kind, millions, tokens, official", [("pi05", 3353.4, 200, 4.66e12), ("pi0", 3238.0, 48, 4.02e12)])
+@pytest.mark.parametrize(
+    "kind, millions, tokens, official",
+    [("pi05", 3353.4, 200, 4.66e12), ("pi0", 3238.0, 48, 4.02e12)],
+)
 def test_full_size_and_its_cost(kind, millions, tokens, official):
     """Parameters of the official model (without the expert's unused lm_head), and FLOPs of one decision of 4 steps: of the
     layout that openpi and RLinf compute, three cameras and a padded prompt, and of what is there: one camera, 32 tokens."""
@@ -600,7 +742,9 @@ def test_full_size_and_its_cost(kind, millions, tokens, official):
         policy = policies.Pi0(config)
         images, ids = torch.empty(1, 3, 3, 224, 224), torch.zeros(1, 200, dtype=torch.long)
         state, x = torch.empty(1, 32), torch.empty(1, 8, 32)
-    count = sum(p.numel() for key, p in policy.named_parameters() if not key.startswith("value_head."))
+    count = sum(
+        p.numel() for key, p in policy.named_parameters() if not key.startswith("value_head.")
+    )
     assert abs(count / 1e6 - millions) < 0.1
 
     def flops(cameras, tokens):
@@ -643,14 +787,24 @@ def test_official_checkpoints_have_these_tensors():
     }  # fmt: skip
     for kind in KINDS:
         with torch.device("meta"):
-            own = policies.Pi0(policies.PI | policies.PI_KIND[kind] | {"model_type": kind}).state_dict()
+            own = policies.Pi0(
+                policies.PI | policies.PI_KIND[kind] | {"model_type": kind}
+            ).state_dict()
         for key, shape in (shapes | only[kind]).items():
             assert list(own[key].shape) == shape, key
-        assert not own.keys() & only["pi0" if kind == "pi05" else "pi05"].keys() - {"value_head.mlp.0.weight"}
+        assert not own.keys() & only["pi0" if kind == "pi05" else "pi05"].keys() - {
+            "value_head.mlp.0.weight"
+        }
         adapters = [
-            key for key in own if re.search(rf"[.]paligemma[.]model[.].*({'|'.join(policies.PI_LORA_TARGETS)})[.]weight", key)
+            key
+            for key in own
+            if re.search(
+                rf"[.]paligemma[.]model[.].*({'|'.join(policies.PI_LORA_TARGETS)})[.]weight", key
+            )
         ]
-        assert sum(32 * sum(own[key].shape) for key in adapters) == pytest.approx(56.6e6, abs=0.05e6)
+        assert sum(32 * sum(own[key].shape) for key in adapters) == pytest.approx(
+            56.6e6, abs=0.05e6
+        )
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -679,7 +833,10 @@ def official_layout(policy, directory):
     state["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.randn(128, 32)
     save_file(state, directory / "model.safetensors")
     (directory / "value_head.safetensors").unlink()
-    edit_json(directory / "config.json", lambda c: [c.pop(key) for key in ("_word_vocab", "model_type", "norm_stats")])
+    edit_json(
+        directory / "config.json",
+        lambda c: [c.pop(key) for key in ("_word_vocab", "model_type", "norm_stats")],
+    )
     assets = directory / "physical-intelligence/maniskill"
     assets.mkdir(parents=True)
     (directory / "norm_stats.json").rename(assets / "norm_stats.json")
@@ -691,15 +848,23 @@ def test_official_and_lerobot_layouts_load(policy, official_layout, inputs):
     loaded = policies.load_policy(kind, official_layout)
     for key, p in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], p), key
-    assert loaded.unnorm_key == "physical-intelligence/maniskill" and loaded._affine.keys() == policy._affine.keys()
+    assert (
+        loaded.unnorm_key == "physical-intelligence/maniskill"
+        and loaded._affine.keys() == policy._affine.keys()
+    )
     state = load_file(official_layout / "model.safetensors")
     state = {f"model.{key}": p for key, p in state.items() if not key.startswith("value_head.")}
     lm_head = state.pop("model.paligemma_with_expert.paligemma.lm_head.weight")
-    state["model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = lm_head
+    state["model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = (
+        lm_head
+    )
     save_file(state, official_layout / "model.safetensors")
     again = policies.load_policy(kind, official_layout)  # no value head: a fresh one
     for key, p in policy.state_dict().items():
-        assert torch.equal(again.state_dict()[key], p) != key.startswith("value_head.mlp.0.weight") or "value_head" in key, key
+        assert (
+            torch.equal(again.state_dict()[key], p) != key.startswith("value_head.mlp.0.weight")
+            or "value_head" in key
+        ), key
 
 
 @pytest.mark.parametrize("change", ["lacks", "has", "shape"])
@@ -709,7 +874,9 @@ def test_tensors_must_match(policy, official_layout, change):
     if change == "lacks":
         del state["action_out_proj.bias"]
     elif change == "has":
-        state["paligemma_with_expert.gemma_expert.model.layers.2.mlp.up_proj.weight"] = torch.zeros(2, 2)
+        state["paligemma_with_expert.gemma_expert.model.layers.2.mlp.up_proj.weight"] = torch.zeros(
+            2, 2
+        )
     else:
         state["action_out_proj.bias"] = torch.zeros(31)
     save_file(state, file)
@@ -719,18 +886,26 @@ def test_tensors_must_match(policy, official_layout, change):
 
 def test_the_wrong_backbone_is_refused(policy, official_layout):
     kind, other = ("pi05", "pi0") if policy.pi05 else ("pi0", "pi05")
-    with pytest.raises(policies.PolicyError, match=f"is a checkpoint of {kind}, not of the backbone {other}"):
+    with pytest.raises(
+        policies.PolicyError, match=f"is a checkpoint of {kind}, not of the backbone {other}"
+    ):
         policies.load_policy(other, official_layout)
     with pytest.raises(policies.PolicyError, match="openvla"):
         policies.load_policy("openvla", official_layout)
     state = load_file(official_layout / "model.safetensors")
-    save_file({key: p for key, p in state.items() if "time_mlp" not in key}, official_layout / "model.safetensors")
+    save_file(
+        {key: p for key, p in state.items() if "time_mlp" not in key},
+        official_layout / "model.safetensors",
+    )
     with pytest.raises(policies.PolicyError, match="neither pi0 nor pi05"):
         policies.load_policy(kind, official_layout)
 
 
 def test_what_acting_needs_is_asked_for_in_one_sentence(policy, official_layout, obs, tmp_path):
-    kind, stats = policy.config["model_type"], official_layout / "physical-intelligence/maniskill/norm_stats.json"
+    kind, stats = (
+        policy.config["model_type"],
+        official_layout / "physical-intelligence/maniskill/norm_stats.json",
+    )
     loaded = policies.load_policy(kind, official_layout)
     loaded.config["prompt"] = None
     with pytest.raises(policies.PolicyError, match="tokenizer.json.*google/paligemma"):
@@ -739,14 +914,21 @@ def test_what_acting_needs_is_asked_for_in_one_sentence(policy, official_layout,
         policies.load_policy(kind, official_layout, tokenizer=tmp_path / "nowhere.json")
 
     first = json.loads(stats.read_text())
-    edit_json(stats, lambda c: c["norm_stats"]["actions"].update(std=[1, 0, 1, 1, 1, 1, 1], q99=[1, -0.9, 1, 1, 1, 1, 1]))
+    edit_json(
+        stats,
+        lambda c: c["norm_stats"]["actions"].update(
+            std=[1, 0, 1, 1, 1, 1, 1], q99=[1, -0.9, 1, 1, 1, 1, 1]
+        ),
+    )
     with pytest.raises(policies.PolicyError, match="dimension 1 of actions has no spread"):
         policies.load_policy(kind, official_layout)
     stats.write_text(json.dumps({"norm_stats": {"actions": {}}}))
     with pytest.raises(policies.PolicyError, match="has no (q01 and q99|mean and std) of actions"):
         policies.load_policy(kind, official_layout)
     stats.unlink()
-    loaded = policies.load_policy(kind, official_layout)  # can be loaded: velocities need no statistics
+    loaded = policies.load_policy(
+        kind, official_layout
+    )  # can be loaded: velocities need no statistics
     loaded.tokenizer = policy.tokenizer
     with pytest.raises(policies.PolicyError, match="has no norm_stats.json"):
         loaded.act(obs, TASKS)
@@ -761,7 +943,11 @@ def test_what_acting_needs_is_asked_for_in_one_sentence(policy, official_layout,
 def test_paligemma_tokenizer(tmp_path, policy):
     """BOS and the line feed where openpi has them; another tokenizer.json is refused."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "put", "can", "on", "plate"]
-    vocab = {word: i for i, word in enumerate(words)} | {f"w{i}": i for i in range(len(words), 108)} | {"\n": 108}
+    vocab = (
+        {word: i for i, word in enumerate(words)}
+        | {f"w{i}": i for i in range(len(words), 108)}
+        | {"\n": 108}
+    )
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
     content = {"version": "1.0", "model": model, "pre_tokenizer": split, "added_tokens": [], "normalizer": None,
@@ -782,7 +968,9 @@ def test_paligemma_tokenizer(tmp_path, policy):
 def test_save_load_roundtrip(directory, obs):
     if json.loads((directory / "config.json").read_text())["model_type"] == "pi0":
         return  # no tiny preset: see test_official_and_lerobot_layouts_load
-    first = policies.load_policy("pi05-tiny", directory, replan=3, noise_level=0.25, sde_steps="all")
+    first = policies.load_policy(
+        "pi05-tiny", directory, replan=3, noise_level=0.25, sde_steps="all"
+    )
     assert (first.chunk, first.noise_level, first.config["sde_steps"]) == (3, 0.25, "all")
     first.save(directory.with_name("again"))
     second = policies.load_policy("pi05-tiny", directory.with_name("again"))
@@ -802,7 +990,9 @@ def test_wrong_settings(settings, sentence):
         policies.load_policy("openvla-tiny", horizon=8)
 
 
-def test_adapters_and_the_whole_expert_train_are_saved_and_merge(policy, official_layout, inputs, tmp_path, capsys):
+def test_adapters_and_the_whole_expert_train_are_saved_and_merge(
+    policy, official_layout, inputs, tmp_path, capsys
+):
     """Table 3: LoRA on the VLM and the full action expert. The checkpoint is a PEFT directory with modules_to_save."""
     kind, (images, there, tokens, mask, state, x) = policy.config["model_type"], inputs
     trained = policies.load_policy(kind, official_layout, lora_rank=4)
@@ -817,7 +1007,9 @@ def test_adapters_and_the_whole_expert_train_are_saved_and_merge(policy, officia
     trained.save(tmp_path / "adapter")
     assert not (tmp_path / "adapter/model.safetensors").exists()
     modules = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["modules_to_save"]
-    assert {"gemma_expert", "action_in_proj", "action_out_proj"} < set(modules) and "value_head" not in modules
+    assert {"gemma_expert", "action_in_proj", "action_out_proj"} < set(
+        modules
+    ) and "value_head" not in modules
 
     loaded = policies.load_policy(kind, tmp_path / "adapter")
     for (key, p), q in zip(trained.named_parameters(), loaded.parameters()):
@@ -825,12 +1017,17 @@ def test_adapters_and_the_whole_expert_train_are_saved_and_merge(policy, officia
     policies.merge(str(tmp_path / "adapter"), tmp_path / "merged", backbone=kind, dtype="float32")
     assert "outputs differ by" in capsys.readouterr().out
     merged = policies.load_policy(kind, tmp_path / "merged")
-    v = [p.velocity(p.prefix(images, there, tokens, mask), state, x, 0.4) for p in (policy, trained, merged)]
+    v = [
+        p.velocity(p.prefix(images, there, tokens, mask), state, x, 0.4)
+        for p in (policy, trained, merged)
+    ]
     torch.testing.assert_close(v[1], v[2], atol=1e-4, rtol=1e-4)
     assert (v[0] - v[1]).abs().max() > 1e-3
     names = set(load_file(tmp_path / "merged/model.safetensors"))
     dead = "paligemma_with_expert.gemma_expert.lm_head.weight"  # openpi's class wants it
-    assert names == {key for key in policy.state_dict() if not key.startswith("value_head.")} | {dead}
+    assert names == {key for key in policy.state_dict() if not key.startswith("value_head.")} | {
+        dead
+    }
 
 
 # ------------------------------------------------------------------------------------------------ chunks of actions
@@ -838,7 +1035,9 @@ class Counting:
     """As envs.VecEnv does it (tests/test_envs.py): a chunk's rewards are summed, and nothing happens past the end."""
 
     num_envs, max_episode_steps, view_seconds, instructions = 2, 20, 0.0, TASKS[:2]
-    rewards = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(0))  # (episode, step, environment)
+    rewards = torch.rand(
+        2, 20, 2, generator=torch.Generator().manual_seed(0)
+    )  # (episode, step, environment)
     episode = -1
 
     def reset(self, episode_ids, split, exact, seed):
@@ -849,26 +1048,41 @@ class Counting:
         start, self.elapsed = self.elapsed, min(self.elapsed + actions.shape[1], 20)
         done = torch.full((2,), self.elapsed == 20)
         obs = {"rgb": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}
-        return obs, self.rewards[self.episode, start : self.elapsed].sum(0), done, {"success_once": done}
+        return (
+            obs,
+            self.rewards[self.episode, start : self.elapsed].sum(0),
+            done,
+            {"success_once": done},
+        )
 
 
 class Scripted:
     def act(self, obs, instructions):
-        return policies.Decision(torch.zeros(2, 6, 7), torch.zeros(2, 3), torch.zeros(2), torch.rand(2))
+        return policies.Decision(
+            torch.zeros(2, 6, 7), torch.zeros(2, 3), torch.zeros(2), torch.rand(2)
+        )
 
 
 def test_chunks_by_brute_force():
     """20 steps in decisions of 6, 6, 6 and 2: gamma and lambda per decision; the last of an episode has no successor."""
     gamma, lam = 0.9, 0.8
-    args, env = ppo_pair.Args(num_steps=40, device_batch_size=2, gamma=gamma, gae_lambda=lam), Counting()
+    args, env = (
+        ppo_pair.Args(num_steps=40, device_batch_size=2, gamma=gamma, gae_lambda=lam),
+        Counting(),
+    )
     batch, stats = ppo_pair.rollout(args, Scripted(), env, iter(range(4)), torch.device("cpu"))
-    values, returns = batch["values"].view(2, 4, 2), batch["returns"].view(2, 4, 2)  # (episode, decision, environment)
+    values, returns = (
+        batch["values"].view(2, 4, 2),
+        batch["returns"].view(2, 4, 2),
+    )  # (episode, decision, environment)
     for e in range(2):
         for i in range(4):
             expected, discount = values[e, i].clone(), 1.0
             for j in range(i, 4):
                 after = gamma * values[e, j + 1] if j < 3 else 0.0
-                expected += discount * (env.rewards[e, 6 * j : 6 * j + 6].sum(0) + after - values[e, j])
+                expected += discount * (
+                    env.rewards[e, 6 * j : 6 * j + 6].sum(0) + after - values[e, j]
+                )
                 discount *= gamma * lam
             torch.testing.assert_close(returns[e, i], expected)
     assert stats["reward"] == pytest.approx(env.rewards.sum().item() / 4)
@@ -877,7 +1091,12 @@ def test_chunks_by_brute_force():
 class Bright:
     """The right chunk is written in the image: all its actions towards the bright side. Two decisions per episode."""
 
-    num_envs, max_episode_steps, view_seconds, instructions = 64, 10, 0.0, ["put red cube on plate"] * 64
+    num_envs, max_episode_steps, view_seconds, instructions = (
+        64,
+        10,
+        0.0,
+        ["put red cube on plate"] * 64,
+    )
 
     def look(self):
         self.right = torch.rand(64) < 0.5
@@ -893,7 +1112,12 @@ class Bright:
     def step(self, actions):
         hit = ((actions[:, :, 0] > 0) == self.right[:, None]).float().mean(1)
         self.elapsed, self.correct = self.elapsed + actions.shape[1], self.correct + hit / 2
-        return self.look(), hit, torch.full((64,), self.elapsed == 10), {"success_once": self.correct > 0.9}
+        return (
+            self.look(),
+            hit,
+            torch.full((64,), self.elapsed == 10),
+            {"success_once": self.correct > 0.9},
+        )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -906,11 +1130,15 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
                          gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []
     for _ in range(25):
-        batch, stats = ppo_pair.rollout(args, policy, Bright(), iter(range(10**6)), torch.device("cpu"))
+        batch, stats = ppo_pair.rollout(
+            args, policy, Bright(), iter(range(10**6)), torch.device("cpu")
+        )
         batch["advantages"] *= sign
         means = ppo_pair.update(args, policy, optimizer, batch)
         assert means["ratio_dev"] < 1e-3
-        hits.append(stats["reward"] / 2)  # of 2 decisions: the fraction of actions to the right side
+        hits.append(
+            stats["reward"] / 2
+        )  # of 2 decisions: the fraction of actions to the right side
         if sign * (hits[-1] - 0.5) > 0.15:
             break
     assert sign * (hits[-1] - 0.5) > 0.15, hits
@@ -925,5 +1153,9 @@ def test_whatever_is_to_be_trained_gets_a_gradient(policy, official_layout, obs,
     new = loaded.evaluate(obs, TASKS, loaded.act(obs, TASKS).latent)
     (new.logprob.sum() + new.value.sum()).backward()
     assert all(p.requires_grad == (p.grad is not None) for p in loaded.parameters())
-    last = [p.requires_grad for key, p in loaded.named_parameters() if "language_model.layers.1.mlp" in key]
+    last = [
+        p.requires_grad
+        for key, p in loaded.named_parameters()
+        if "language_model.layers.1.mlp" in key
+    ]
     assert any(last) == (policy.pi05 and not detach)

@@ -39,7 +39,9 @@ from policies import OpenVLA, PolicyError, load_policy
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 TINY_A, TINY_LORA = GOLDEN / "openvla_tiny_a", GOLDEN / "openvla_tiny_a_lora"
-golden = pytest.mark.skipif(not TINY_A.is_dir(), reason=f"the official code's fixtures are not at {GOLDEN}")
+golden = pytest.mark.skipif(
+    not TINY_A.is_dir(), reason=f"the official code's fixtures are not at {GOLDEN}"
+)
 
 SHORT, LONG = "put house on plate", "put blue stick on plate"
 
@@ -87,7 +89,11 @@ def rewrite(file, change):
 @pytest.fixture(scope="module")
 def official():
     policy = load_policy("openvla", TINY_A, dtype=torch.float32, device="cpu")
-    return policy, load_file(TINY_A / "inputs.safetensors"), load_file(TINY_A / "outputs.safetensors")
+    return (
+        policy,
+        load_file(TINY_A / "inputs.safetensors"),
+        load_file(TINY_A / "outputs.safetensors"),
+    )
 
 
 def inputs_of(tensors, *more):
@@ -101,7 +107,10 @@ def test_golden_vision(official):
     torch.testing.assert_close(pixel_values, x["pixel_values"], atol=1e-6, rtol=0)
     towers = policy.vision_backbone
     with torch.no_grad():
-        dino, siglip = towers["featurizer"](pixel_values[:, :3]), towers["fused_featurizer"](pixel_values[:, 3:])
+        dino, siglip = (
+            towers["featurizer"](pixel_values[:, :3]),
+            towers["fused_featurizer"](pixel_values[:, 3:]),
+        )
         prefix = policy._prefix(pixel_values, x["input_ids"])
     torch.testing.assert_close(dino, y["dino_patch_features"], atol=1e-4, rtol=0)
     torch.testing.assert_close(siglip, y["siglip_patch_features"], atol=1e-4, rtol=0)
@@ -122,7 +131,9 @@ def test_golden_teacher_forcing(official):
     token_logp = logp.gather(-1, (tokens - policy.action_begin)[..., None])[..., 0]
     torch.testing.assert_close(token_logp, y["given_token_logprobs"], atol=5e-5, rtol=0)
     torch.testing.assert_close(token_logp.sum(1), y["given_logprob_sum"][:, 0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(-(logp.exp() * logp).sum(-1), y["given_token_entropy"], atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        -(logp.exp() * logp).sum(-1), y["given_token_entropy"], atol=5e-5, rtol=0
+    )
     torch.testing.assert_close(policy.env_action(tokens), y["given_env_action"], atol=1e-12, rtol=0)
 
 
@@ -133,7 +144,9 @@ def test_golden_decode(official):
     assert torch.equal(tokens, y["greedy_action_tokens"])
     torch.testing.assert_close(logprob, y["greedy_rollout_logprob_sum"][:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(value, y["greedy_rollout_value"][:, 0], atol=5e-5, rtol=0)
-    torch.testing.assert_close(policy.env_action(tokens), y["greedy_env_action"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        policy.env_action(tokens), y["greedy_env_action"], atol=1e-12, rtol=0
+    )
 
 
 @golden
@@ -143,10 +156,14 @@ def test_golden_act_and_evaluate(official):
     ids = json.loads((GOLDEN / "openvla_prompt_ids.json").read_text())
     policy = copy.copy(policy)  # shallow: only the tokenizer differs
     policy._prompt_ids = {}
-    policy.tokenizer = {policies.PROMPT.format(instruction=text): row for text, row in ids.items()}.__getitem__
+    policy.tokenizer = {
+        policies.PROMPT.format(instruction=text): row for text, row in ids.items()
+    }.__getitem__
     tasks = json.loads((TINY_A / "prompts.json").read_text())["tasks"]
     input_ids, attention_mask = policy.tokenize([task.upper() for task in tasks])
-    assert torch.equal(input_ids, x["input_ids"]) and torch.equal(attention_mask, x["attention_mask"])
+    assert torch.equal(input_ids, x["input_ids"]) and torch.equal(
+        attention_mask, x["attention_mask"]
+    )
     obs = {"rgb": x["images_uint8"]}
     decision = policy.act(obs, tasks, temperature=0)
     assert torch.equal(decision.latent, y["greedy_action_tokens"])
@@ -162,7 +179,14 @@ def test_golden_batched_equals_single(official):
     """Rows of a padded batch are what they are alone: pads count neither as keys nor as positions."""
     policy, x, y = official
     ids = torch.cat([x["input_ids"][:, :1], torch.full((2, 3), 32000), x["input_ids"][:, 1:]], 1)
-    mask = torch.cat([x["attention_mask"][:, :1], torch.zeros(2, 3, dtype=torch.long), x["attention_mask"][:, 1:]], 1)
+    mask = torch.cat(
+        [
+            x["attention_mask"][:, :1],
+            torch.zeros(2, 3, dtype=torch.long),
+            x["attention_mask"][:, 1:],
+        ],
+        1,
+    )
     logits = policy.action_logits(x["pixel_values"], ids, mask, x["given_action_tokens"])
     torch.testing.assert_close(logits, y["given_action_logits"], atol=1e-4, rtol=0)
     assert torch.equal(policy.decode(x["pixel_values"], ids, mask)[0], y["greedy_action_tokens"])
@@ -175,24 +199,33 @@ def test_golden_lora():
     logits, value = policy(*inputs_of(x, "given_action_tokens"))
     torch.testing.assert_close(logits, y["given_action_logits"], atol=3e-4, rtol=0)
     torch.testing.assert_close(value, y["given_value"][:, 0], atol=5e-5, rtol=0)
-    logp = logits.log_softmax(-1).gather(-1, (x["given_action_tokens"] - policy.action_begin)[..., None])
+    logp = logits.log_softmax(-1).gather(
+        -1, (x["given_action_tokens"] - policy.action_begin)[..., None]
+    )
     torch.testing.assert_close(logp.sum((1, 2)), y["given_logprob_sum"][:, 0], atol=1e-4, rtol=0)
     (logp.sum() + value.sum()).backward()
     parameters = dict(policy.named_parameters())
-    gradients = {key.removeprefix("grad."): tensor for key, tensor in y.items() if key.startswith("grad.")}
+    gradients = {
+        key.removeprefix("grad."): tensor for key, tensor in y.items() if key.startswith("grad.")
+    }
     assert len(gradients) == 12
     for key, expected in gradients.items():
         grad = parameters[key.replace(".weight", ".default.weight")].grad
         torch.testing.assert_close(grad, expected, atol=2e-4 * expected.abs().max().item(), rtol=0)
     trained = {key for key, p in parameters.items() if p.requires_grad}
-    assert trained == {key for key in parameters if ".lora_" in key or key.startswith("value_head.")}
+    assert trained == {
+        key for key in parameters if ".lora_" in key or key.startswith("value_head.")
+    }
 
 
 @golden
 def test_golden_merge(tmp_path, capsys):
     policies.merge(str(TINY_LORA), tmp_path, base=str(TINY_A), dtype="float32")
     assert "outputs differ by" in capsys.readouterr().out
-    with safe_open(TINY_A / "model.safetensors", "pt") as a, safe_open(tmp_path / "model.safetensors", "pt") as b:
+    with (
+        safe_open(TINY_A / "model.safetensors", "pt") as a,
+        safe_open(tmp_path / "model.safetensors", "pt") as b,
+    ):
         assert set(a.keys()) == set(b.keys())  # the official names, dead tensors included
     policy = load_policy("openvla", tmp_path, dtype=torch.float32)
     x, y = load_file(TINY_A / "inputs.safetensors"), load_file(TINY_LORA / "outputs.safetensors")
@@ -241,8 +274,12 @@ def copy_blocks(vit, native, names):
 
 def test_dino_tower_equals_transformers():
     sizes = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 14}
-    vit = random_vit(image_size=56, class_token=True, reg_tokens=4, layer_scale=True, mlp_ratio=4.0, **sizes)
-    config = Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)
+    vit = random_vit(
+        image_size=56, class_token=True, reg_tokens=4, layer_scale=True, mlp_ratio=4.0, **sizes
+    )
+    config = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
+    )
     native = Dinov2WithRegistersModel(config).eval()
     e = native.embeddings
     e.cls_token.data, e.register_tokens.data = vit.cls_token.data, vit.reg_token.data
@@ -262,7 +299,9 @@ def test_dino_tower_equals_transformers():
 
 def test_siglip_tower_equals_transformers():
     sizes = {"embed_dim": 40, "depth": 4, "num_heads": 4, "patch_size": 14}
-    vit = random_vit(image_size=56, class_token=False, reg_tokens=0, layer_scale=False, mlp_ratio=3.7362, **sizes)
+    vit = random_vit(
+        image_size=56, class_token=False, reg_tokens=0, layer_scale=False, mlp_ratio=3.7362, **sizes
+    )
     config = SiglipVisionConfig(
         hidden_size=40, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14,
         intermediate_size=149, hidden_act="gelu", vision_use_head=False,
@@ -301,9 +340,13 @@ def test_whole_equals_plain_composition(tiny, obs):
         out = llama(inputs_embeds=x, output_hidden_states=True)
         logits = out.logits[0, -8:-1, tiny.action_begin : tiny.action_end]
         torch.testing.assert_close(evaluation.dist[i], logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(evaluation.value[i], tiny._value(out.hidden_states[-1][0, -8]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            evaluation.value[i], tiny._value(out.hidden_states[-1][0, -8]), atol=1e-4, rtol=0
+        )
         dist = Categorical(logits=logits)
-        torch.testing.assert_close(evaluation.logprob[i], dist.log_prob(latent[i] - tiny.action_begin).sum())  # SUM
+        torch.testing.assert_close(
+            evaluation.logprob[i], dist.log_prob(latent[i] - tiny.action_begin).sum()
+        )  # SUM
         torch.testing.assert_close(evaluation.entropy[i], dist.entropy().mean())
 
 
@@ -333,7 +376,9 @@ def test_sampling_follows_the_distribution(tiny, obs):
     torch.manual_seed(0)
     n, rgb = 400, {"rgb": obs["rgb"][:1]}
     first = tiny.evaluate(rgb, [SHORT], torch.full((1, 7), tiny.action_begin)).dist[0, 0].detach()
-    args = [t.expand(n, *t.shape[1:]) for t in (tiny.preprocess(rgb["rgb"]), *tiny.tokenize([SHORT]))]
+    args = [
+        t.expand(n, *t.shape[1:]) for t in (tiny.preprocess(rgb["rgb"]), *tiny.tokenize([SHORT]))
+    ]
 
     def mean_logp(p):  # of a sample's first token, under temperature 1
         return (p * first.log_softmax(-1)).sum()
@@ -344,7 +389,9 @@ def test_sampling_follows_the_distribution(tiny, obs):
         noise = (p * (first.log_softmax(-1) - mean_logp(p)) ** 2).sum().sqrt() / n**0.5
         assert (first.log_softmax(-1)[index].mean() - mean_logp(p)).abs() < 4 * noise
         other = torch.softmax(first / (1.3 - temperature), -1)
-        assert (mean_logp(other) - mean_logp(p)).abs() > 8 * noise, "the test could not tell temperatures apart"
+        assert (mean_logp(other) - mean_logp(p)).abs() > 8 * noise, (
+            "the test could not tell temperatures apart"
+        )
 
 
 def test_kl_is_exact_mean_over_tokens(tiny):
@@ -362,7 +409,9 @@ def test_kl_is_exact_mean_over_tokens(tiny):
 
 def test_image_changes_logits_through_both_towers(tiny):
     tokens = torch.full((2, 7), tiny.action_begin)
-    black_white = torch.stack([torch.zeros(96, 96, 3), torch.full((96, 96, 3), 255.0)]).to(torch.uint8)
+    black_white = torch.stack([torch.zeros(96, 96, 3), torch.full((96, 96, 3), 255.0)]).to(
+        torch.uint8
+    )
     dist = tiny.evaluate({"rgb": black_white}, [SHORT] * 2, tokens).dist
     assert (dist[0] - dist[1]).abs().max() > 0.1
     pixels = tiny.preprocess(black_white)
@@ -370,7 +419,9 @@ def test_image_changes_logits_through_both_towers(tiny):
     for channels in (slice(0, 3), slice(3, 6)):
         changed = pixels[:1].clone()
         changed[:, channels] = pixels[1:, channels]
-        logits = [tiny.action_logits(x, ids[:1], mask[:1], tokens[:1]) for x in (pixels[:1], changed)]
+        logits = [
+            tiny.action_logits(x, ids[:1], mask[:1], tokens[:1]) for x in (pixels[:1], changed)
+        ]
         assert (logits[0] - logits[1]).abs().max() > 1e-3
     greedy = tiny.decode(pixels, ids, mask)[1]
     assert (greedy[0] - greedy[1]).abs() > 1e-4, "decode must see the image too"
@@ -397,7 +448,9 @@ def test_gradients_reach_everything(tiny, obs):
     evaluation = tiny.evaluate(obs, INSTRUCTIONS, latent)
     tiny.zero_grad()
     (evaluation.logprob.sum() + evaluation.value.sum()).backward()
-    assert not [key for key, p in tiny.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not [
+        key for key, p in tiny.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+    ]
     expected = {key: p.grad.clone() for key, p in tiny.named_parameters()}
     tiny.zero_grad()
     tiny.gradient_checkpointing = True
@@ -421,7 +474,9 @@ def test_detached_value_trains_the_head_only(tiny, obs):
         tiny.evaluate(obs, INSTRUCTIONS, tiny.act(obs, INSTRUCTIONS).latent).value.sum().backward()
     finally:
         tiny.detach_value = False
-    trained = {key for key, p in tiny.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    trained = {
+        key for key, p in tiny.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert trained and all(key.startswith("value_head.") for key in trained)
     tiny.zero_grad()
 
@@ -437,7 +492,9 @@ def test_half_precision_backbone_keeps_float32_where_it_matters(tiny_dir, tiny, 
     kl = policy.kl(evaluation.dist, evaluation.dist)
     tensors = (*evaluation, decision.logprob, decision.value, decision.actions, kl)
     assert {t.dtype for t in tensors} == {torch.float32}
-    assert (evaluation.dist - tiny.evaluate(obs, INSTRUCTIONS, decision.latent).dist).abs().max() < 1
+    assert (
+        evaluation.dist - tiny.evaluate(obs, INSTRUCTIONS, decision.latent).dist
+    ).abs().max() < 1
 
 
 # ---------------------------------------------------------------------------------------- words, pixels, bins
@@ -462,11 +519,30 @@ def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
     vocab = {"<unk>": 0, "<s>": 1, "In:": 2, "Out:": 3}
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
-    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    post = {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": special}
+    template = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    post = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": template,
+        "special_tokens": special,
+    }
     post["pair"] = [*template, {"Sequence": {"id": "B", "type_id": 0}}]
-    rest = {"truncation": None, "padding": None, "normalizer": None, "decoder": None, "added_tokens": []}
-    spec = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": post}
+    rest = {
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
+        "decoder": None,
+        "added_tokens": [],
+    }
+    spec = {
+        "version": "1.0",
+        "model": model,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": post,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | rest))
     tokenizer = policies.LlamaTokenizer(tmp_path / "tokenizer.json")
     assert tokenizer("In: Out:") == [1, 2, 3]
@@ -504,7 +580,9 @@ def test_bins_and_actions(tiny):
     begin, end = tiny.action_begin, tiny.action_end
     edges = torch.tensor([[-1.0, 1.0, -2.0, 2.0, 0.0, -0.999, 0.999]])
     tokens = tiny.bin_tokens(edges)
-    assert tokens.tolist() == [[end - 1, begin, end - 1, begin, end - 128, end - 1, begin + 1]]  # larger is smaller
+    assert tokens.tolist() == [
+        [end - 1, begin, end - 1, begin, end - 128, end - 1, begin + 1]
+    ]  # larger is smaller
     every = torch.arange(begin, end)[:, None].expand(-1, 7)
     actions = tiny.env_action(every)
     assert actions.dtype == torch.float64 and set(actions[:, 6].tolist()) == {-1.0, 1.0}
@@ -514,7 +592,9 @@ def test_bins_and_actions(tiny):
     torch.testing.assert_close(actions[0, :6], bound * 254 / 255)
     torch.testing.assert_close(actions[-1, :6], -bound * 254 / 255)
     torch.manual_seed(0)
-    wanted = (torch.rand(500, 7, dtype=torch.float64) * 2 - 1) * torch.cat([bound, bound.new_ones(1)])
+    wanted = (torch.rand(500, 7, dtype=torch.float64) * 2 - 1) * torch.cat(
+        [bound, bound.new_ones(1)]
+    )
     got = tiny.env_action(tiny.action_tokens(wanted))
     assert ((got - wanted).abs()[:, :6] <= bound / 255 + 1e-6).all()
     assert torch.equal(got[:, 6], wanted[:, 6].sign())
@@ -532,7 +612,10 @@ def test_gripper_threshold_follows_the_statistics(tiny):
         unit[:, 6] = torch.tensor([boundary - 0.01, boundary + 0.01])
         assert policy.env_action(policy.bin_tokens(unit))[:, 6].tolist() == [-1, 1]
     labels = bridge.action_tokens(torch.tensor([[0.0] * 6 + [-1], [0.0] * 6 + [1]]))[:, 6]
-    assert (bridge.action_end - labels).tolist() == [128, 256]  # as 31872 and 31744 of 32000: 0.0 and 1.0
+    assert (bridge.action_end - labels).tolist() == [
+        128,
+        256,
+    ]  # as 31872 and 31744 of 32000: 0.0 and 1.0
 
 
 # ---------------------------------------------------------------------------------------- structure at full size
@@ -552,7 +635,10 @@ def official_tensors():
     for tower, (dim, depth, hidden) in towers.items():
         v = f"vision_backbone.{tower}."
         shapes[v + "pos_embed"] = (1, 256, dim)
-        shapes[v + "patch_embed.proj.weight"], shapes[v + "patch_embed.proj.bias"] = (dim, 3, 14, 14), (dim,)
+        shapes[v + "patch_embed.proj.weight"], shapes[v + "patch_embed.proj.bias"] = (
+            (dim, 3, 14, 14),
+            (dim,),
+        )
         norm(v + "norm", dim)
         for i in range(depth):
             b = f"{v}blocks.{i}."
@@ -573,16 +659,29 @@ def official_tensors():
     sizes |= {"mlp.fc1": (1152, 4304), "mlp.fc2": (4304, 1152)}
     for name, (n_in, n_out) in sizes.items():
         linear(pool + name, n_in, n_out)
-    for name, (n_in, n_out) in {"fc1": (2176, 8704), "fc2": (8704, 4096), "fc3": (4096, 4096)}.items():
+    for name, (n_in, n_out) in {
+        "fc1": (2176, 8704),
+        "fc2": (8704, 4096),
+        "fc3": (4096, 4096),
+    }.items():
         linear(f"projector.{name}", n_in, n_out)
-    shapes["language_model.lm_head.weight"] = shapes["language_model.model.embed_tokens.weight"] = (32064, 4096)
+    shapes["language_model.lm_head.weight"] = shapes["language_model.model.embed_tokens.weight"] = (
+        32064,
+        4096,
+    )
     shapes["language_model.model.norm.weight"] = (4096,)
     for i in range(32):
         b = f"language_model.model.layers.{i}."
-        shapes[b + "input_layernorm.weight"] = shapes[b + "post_attention_layernorm.weight"] = (4096,)
+        shapes[b + "input_layernorm.weight"] = shapes[b + "post_attention_layernorm.weight"] = (
+            4096,
+        )
         for name in "qkvo":
             linear(f"{b}self_attn.{name}_proj", 4096, 4096, bias=False)
-        for name, (n_in, n_out) in {"gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}.items():
+        for name, (n_in, n_out) in {
+            "gate": (4096, 11008),
+            "up": (4096, 11008),
+            "down": (11008, 4096),
+        }.items():
             linear(f"{b}mlp.{name}_proj", n_in, n_out, bias=False)
     return shapes
 
@@ -595,7 +694,11 @@ def test_full_size_structure_and_lora_count():
         policy = OpenVLA(bench_policy.OPENVLA_7B)
     dead = {key for key in shapes if policy.is_dead(key)}
     assert len(dead) == 16 + 27  # last block and norm of either tower, and the attention pool
-    own = {key: tuple(t.shape) for key, t in policy.state_dict().items() if not key.startswith("value_head.")}
+    own = {
+        key: tuple(t.shape)
+        for key, t in policy.state_dict().items()
+        if not key.startswith("value_head.")
+    }
     assert own == {key: shape for key, shape in shapes.items() if key not in dead}
     assert sum(p.numel() for p in policy.value_head.parameters()) == 2_163_456
     assert policy.language_model.config.rms_norm_eps == 1e-6
@@ -606,11 +709,18 @@ def test_full_size_structure_and_lora_count():
     weights = [key for key in dead if key.endswith(".weight") and "norm" not in key]
     on_dead_modules = sum(32 * sum(shapes[key]) for key in weights)
     assert (lora, on_dead_modules) == (109_126_400, 1_701_888)
-    assert lora + on_dead_modules == 110_828_288  # RL4VLA's count, which adapts modules that are never used as well
+    assert (
+        lora + on_dead_modules == 110_828_288
+    )  # RL4VLA's count, which adapts modules that are never used as well
 
-    policy.tokenizer = lambda text: [1] * 20  # what bench_policy.py calls the floor, against sums made by hand
+    policy.tokenizer = lambda text: (
+        [1] * 20
+    )  # what bench_policy.py calls the floor, against sums made by hand
     work = bench_policy.flops(policy)
-    for name, tera in (("forward", 4.09 * 1.012), ("ppo", (4.09 + 4.19) * 1.012)):  # 1.2 %: the adapters
+    for name, tera in (
+        ("forward", 4.09 * 1.012),
+        ("ppo", (4.09 + 4.19) * 1.012),
+    ):  # 1.2 %: the adapters
         assert abs(work[name] / (tera * 1e12) - 1) < 0.01
 
 
@@ -630,7 +740,9 @@ def test_peak_memory_is_what_lives_at_once():
 def test_bench_policy_prints_a_table(capsys):
     args = dict(num_envs=3, batch_size=4, device_batch_size=2, repeats=1, cuda=False, lora_rank=4)
     bench_policy.main(bench_policy.Args(**args))
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    lines = [
+        line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ]
     assert [line[1].strip() for line in lines[1:]] == [
         "rollout step", "PPO minibatch", "PAIR minibatch, no sample at the clip", "PAIR minibatch, all samples at the clip",
     ]  # fmt: skip
@@ -674,7 +786,9 @@ def test_save_load_roundtrip(tiny, tiny_dir, tmp_path, obs):
         f.write(bytes(file.stat().st_size - 200_000))
     assert same_weights(loaded, tiny)  # no weight is a view of the file
     policy.save(tmp_path, dtype=torch.float16)
-    assert (tmp_path / "model.safetensors").stat().st_size + (tmp_path / "value_head.safetensors").stat().st_size < 4e6
+    assert (tmp_path / "model.safetensors").stat().st_size + (
+        tmp_path / "value_head.safetensors"
+    ).stat().st_size < 4e6
     half = load_policy("openvla-tiny", tmp_path)
     assert half.dtype == torch.float32
     assert (half.evaluate(obs, INSTRUCTIONS, latent).dist - a.dist).abs().max() < 0.1
@@ -689,11 +803,20 @@ def test_fresh_weights_follow_the_seed():
     assert same_weights(a, load_policy("openvla-tiny")) and not same_weights(a, b)
     assert load_policy("openvla-tiny", dtype=torch.bfloat16).dtype == torch.bfloat16
     table = a.language_model.model.embed_tokens.weight[a.action_begin : a.action_end]
-    near, far = (table[1:] - table[:-1]).norm(dim=1).mean(), (table[128:] - table[:-128]).norm(dim=1).mean()
+    near, far = (
+        (table[1:] - table[:-1]).norm(dim=1).mean(),
+        (table[128:] - table[:-128]).norm(dim=1).mean(),
+    )
     assert near < 0.1 * far, "neighbouring bins start alike"
-    rgb = torch.randint(256, (8, 6, 6, 3), dtype=torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    rgb = (
+        torch.randint(256, (8, 6, 6, 3), dtype=torch.uint8)
+        .repeat_interleave(16, 1)
+        .repeat_interleave(16, 2)
+    )
     patches = a._prefix(a.preprocess(rgb), torch.ones(8, 1, dtype=torch.long))[:, 1:]
-    assert patches.std(0).mean() > 0.2 * patches.std(), "an untrained policy's patch tokens depend on the image"
+    assert patches.std(0).mean() > 0.2 * patches.std(), (
+        "an untrained policy's patch tokens depend on the image"
+    )
 
 
 def test_sharded_checkpoint(tiny, tiny_dir, broken_dir):
@@ -722,14 +845,18 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     base = load_policy("openvla-tiny", tiny_dir)
     latent = policy.act(obs, INSTRUCTIONS).latent
     before = policy.evaluate(obs, INSTRUCTIONS, latent).dist
-    torch.testing.assert_close(before, base.evaluate(obs, INSTRUCTIONS, latent).dist)  # B starts at zero
+    torch.testing.assert_close(
+        before, base.evaluate(obs, INSTRUCTIONS, latent).dist
+    )  # B starts at zero
     for key, p in policy.named_parameters():
         if ".lora_B" in key or key.startswith("value_head."):
             p.data += torch.randn_like(p) * 0.05
     after = policy.evaluate(obs, INSTRUCTIONS, latent)
     assert (after.dist - before).abs().max() > 0.1
     full = policy.language_model.lm_head(torch.eye(128))[:, policy.action_begin : policy.action_end]
-    torch.testing.assert_close(policy._logits(torch.eye(128)), full)  # our column slice of lm_head is peft's
+    torch.testing.assert_close(
+        policy._logits(torch.eye(128)), full
+    )  # our column slice of lm_head is peft's
     policy.save(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "norm_stats.json",
@@ -737,7 +864,9 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     loaded = load_policy("openvla-tiny", tmp_path)
     assert same_weights(loaded, policy)
     assert torch.equal(loaded.evaluate(obs, INSTRUCTIONS, latent).dist, after.dist)
-    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in policy.parameters()]
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in policy.parameters()
+    ]
     for wrong, sentence in (
         ({"lora_rank": 8}, "LoRA rank 4, not 8; pass --lora-rank so"),
         ({"lora_rank": 4, "lora_alpha": 16}, "LoRA alpha 8, not 16"),
@@ -759,7 +888,9 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     rounded = half.evaluate(obs, INSTRUCTIONS, latent)
     assert seen == [torch.bfloat16] and 0 < (rounded.dist - after.dist).abs().max() < 1
     rounded.logprob.sum().backward()
-    assert {p.grad.dtype for key, p in half.named_parameters() if ".lora_" in key} == {torch.float32}
+    assert {p.grad.dtype for key, p in half.named_parameters() if ".lora_" in key} == {
+        torch.float32
+    }
     rewrite(tmp_path / "adapter_model.safetensors", lambda t: t.pop(next(iter(t))))
     with pytest.raises(PolicyError, match="lacks the tensor .*lora_"):
         load_policy("openvla-tiny", tmp_path)
@@ -771,7 +902,10 @@ def test_rl4vla_training_state(tiny_dir, tmp_path):
     policy.init_value_head()
     policy.save(tmp_path)
     (tmp_path / "value_head.safetensors").unlink()
-    torch.save({"vh": policy.value_head.state_dict(), "vla_optimizer": {"state": {}}}, tmp_path / "training_state.pt")
+    torch.save(
+        {"vh": policy.value_head.state_dict(), "vla_optimizer": {"state": {}}},
+        tmp_path / "training_state.pt",
+    )
     assert same_weights(load_policy("openvla-tiny", tmp_path), policy)
 
 
@@ -790,7 +924,9 @@ def test_value_head_is_optional(broken_dir):
     (broken_dir / "value_head.safetensors").unlink()
     policy = load_policy("openvla-tiny", broken_dir)
     assert 0.015 < policy.value_head["head_l1"].weight.std() < 0.025
-    assert not any(p.is_meta for p in policy.parameters()) and not any(b.is_meta for b in policy.buffers())
+    assert not any(p.is_meta for p in policy.parameters()) and not any(
+        b.is_meta for b in policy.buffers()
+    )
 
 
 def test_rlinf_value_head(tiny, broken_dir):
@@ -799,11 +935,18 @@ def test_rlinf_value_head(tiny, broken_dir):
     (broken_dir / "value_head.safetensors").unlink()
     theirs = {key.replace(f"head_l{i + 1}", f"value_head.mlp.{2 * i}"): t for i in range(3) for key, t in tensors.items()
               if f"head_l{i + 1}" in key}  # fmt: skip
-    assert sorted(theirs) == [f"value_head.mlp.{x}" for x in ("0.bias", "0.weight", "2.bias", "2.weight", "4.weight")]
+    assert sorted(theirs) == [
+        f"value_head.mlp.{x}" for x in ("0.bias", "0.weight", "2.bias", "2.weight", "4.weight")
+    ]
     rewrite(broken_dir / "model.safetensors", lambda t: t.update(theirs))
     assert same_weights(load_policy("openvla-tiny", broken_dir), tiny)
-    rewrite(broken_dir / "model.safetensors", lambda t: t.update({"value_head.mlp.4.bias": torch.zeros(1)}))
-    with pytest.raises(PolicyError, match="has the tensor value_head.head_l3.bias, which this model has not"):
+    rewrite(
+        broken_dir / "model.safetensors",
+        lambda t: t.update({"value_head.mlp.4.bias": torch.zeros(1)}),
+    )
+    with pytest.raises(
+        PolicyError, match="has the tensor value_head.head_l3.bias, which this model has not"
+    ):
         load_policy("openvla-tiny", broken_dir)
 
 
@@ -821,7 +964,9 @@ def test_statistics_come_from_every_file(broken_dir):
 
 # ---------------------------------------------------------------------------------------- bad input: one sentence each
 def test_unknown_backbone_and_missing_directory(tmp_path):
-    with pytest.raises(PolicyError, match="unknown backbone 'nope'; choose one of openvla, openvla-tiny"):
+    with pytest.raises(
+        PolicyError, match="unknown backbone 'nope'; choose one of openvla, openvla-tiny"
+    ):
         load_policy("nope")
     with pytest.raises(PolicyError, match="no checkpoint directory /nowhere"):
         load_policy("openvla-tiny", "/nowhere")
@@ -842,7 +987,9 @@ class NoSuchThing(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.send_response(404)
-        self.send_header("X-Error-Code", "RevisionNotFound" if "/some/" in self.path else "RepoNotFound")
+        self.send_header(
+            "X-Error-Code", "RevisionNotFound" if "/some/" in self.path else "RepoNotFound"
+        )
         self.end_headers()
 
     def log_message(self, *args):
@@ -865,7 +1012,9 @@ def test_hub_that_says_no_and_no_hub_at_all(monkeypatch, tmp_path):
             load_policy("openvla", name)
     server.shutdown()
     server.server_close()
-    with pytest.raises(PolicyError, match="^gen-robot/openvla-7b-rlvla-warmup is neither .* out of reach .*$"):
+    with pytest.raises(
+        PolicyError, match="^gen-robot/openvla-7b-rlvla-warmup is neither .* out of reach .*$"
+    ):
         load_policy("openvla")
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     with pytest.raises(PolicyError, match="HF_HUB_OFFLINE=1"):
@@ -900,7 +1049,10 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
         load_policy("openvla", "some/body@v2")
     load_policy("openvla", "some/body", lora_rank=4).save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("some/body", cached.name)  # pinned
+    assert (config["base_model_name_or_path"], config["revision"]) == (
+        "some/body",
+        cached.name,
+    )  # pinned
     (cached.parents[1] / "refs/main").write_text("moved")
     again = load_policy("openvla", tmp_path / "adapter")
     assert (again.name, again.commit) == ("some/body", cached.name)
@@ -908,10 +1060,16 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
 
 def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
     fetched = []
-    monkeypatch.setattr(policies, "snapshot_download", lambda *a, allow_patterns, **k: fetched.append(allow_patterns) or cached)
+    monkeypatch.setattr(
+        policies,
+        "snapshot_download",
+        lambda *a, allow_patterns, **k: fetched.append(allow_patterns) or cached,
+    )
     load_policy("openvla", "some/body", dtype=torch.float32)
     small, weights = fetched
-    assert weights == ["model*.safetensors"] and not any(fnmatch.fnmatch("model-00001-of-00003.safetensors", p) for p in small)
+    assert weights == ["model*.safetensors"] and not any(
+        fnmatch.fnmatch("model-00001-of-00003.safetensors", p) for p in small
+    )
     fetched.clear()
     with pytest.raises(PolicyError, match="no key 'wrong'"):
         load_policy("openvla", "some/body", unnorm_key="wrong")
@@ -922,11 +1080,19 @@ def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
 
 
 def test_checkpoint_of_another_backbone(tiny_dir, tmp_path):
-    with pytest.raises(PolicyError, match="is a checkpoint of openvla-tiny, not of the backbone openvla"):
+    with pytest.raises(
+        PolicyError, match="is a checkpoint of openvla-tiny, not of the backbone openvla"
+    ):
         load_policy("openvla", tiny_dir)
-    for config, kind in (({"model_type": "pi05"}, "pi05"), ({"type": "pi05"}, "pi05"), ({}, "a model that it does not name")):
+    for config, kind in (
+        ({"model_type": "pi05"}, "pi05"),
+        ({"type": "pi05"}, "pi05"),
+        ({}, "a model that it does not name"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(PolicyError, match=f"is a checkpoint of {kind}, not of the backbone openvla"):
+        with pytest.raises(
+            PolicyError, match=f"is a checkpoint of {kind}, not of the backbone openvla"
+        ):
             load_policy("openvla", tmp_path)
 
 
@@ -952,7 +1118,9 @@ def test_tensors_must_match(broken_dir):
         load_policy("openvla-tiny", broken_dir)
     dead = "vision_backbone.featurizer.norm.weight"
     rewrite(file, lambda t: t.update({dead: t.pop("surplus")}))
-    load_policy("openvla-tiny", broken_dir)  # on the list of tensors that the official class has and never uses
+    load_policy(
+        "openvla-tiny", broken_dir
+    )  # on the list of tensors that the official class has and never uses
 
 
 def test_merge(tiny_dir, tmp_path, obs, capsys):
@@ -961,17 +1129,29 @@ def test_merge(tiny_dir, tmp_path, obs, capsys):
         if ".lora_B" in key:
             p.data += torch.randn_like(p) * 0.05
     policy.save(tmp_path / "adapter")
-    policies.merge(str(tmp_path / "adapter"), tmp_path / "out", backbone="openvla-tiny", dtype="float32")
+    policies.merge(
+        str(tmp_path / "adapter"), tmp_path / "out", backbone="openvla-tiny", dtype="float32"
+    )
     assert "outputs differ by" in capsys.readouterr().out
     merged = load_policy("openvla-tiny", tmp_path / "out")
     assert merged.lora_config is None
     latent = policy.act(obs, INSTRUCTIONS).latent
     expected = policy.evaluate(obs, INSTRUCTIONS, latent).dist
-    torch.testing.assert_close(merged.evaluate(obs, INSTRUCTIONS, latent).dist, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        merged.evaluate(obs, INSTRUCTIONS, latent).dist, expected, atol=1e-3, rtol=0
+    )
 
 
 def test_command_line_error_is_one_sentence(tiny_dir, tmp_path):
-    command = [sys.executable, str(ROOT / "policies.py"), "merge", str(tiny_dir), str(tmp_path / "out")]
-    done = subprocess.run([*command, "--backbone", "openvla-tiny"], check=False, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "policies.py"),
+        "merge",
+        str(tiny_dir),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, "--backbone", "openvla-tiny"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {tiny_dir} is not an adapter")

@@ -27,8 +27,14 @@ def test_gae_equals_the_ancestors():
 
 @golden
 def test_losses_and_gradients_equal_the_ancestors():
-    ref = {k: v.squeeze(-1) if v.ndim == 2 and v.shape[1] == 1 else v for k, v in load_file(GOLDEN).items()}
-    logprob, value = ref["ppo_logprob"].clone().requires_grad_(), ref["ppo_value"].clone().requires_grad_()
+    ref = {
+        k: v.squeeze(-1) if v.ndim == 2 and v.shape[1] == 1 else v
+        for k, v in load_file(GOLDEN).items()
+    }
+    logprob, value = (
+        ref["ppo_logprob"].clone().requires_grad_(),
+        ref["ppo_value"].clone().requires_grad_(),
+    )
     pg_loss, ratio = ppo_pair.ppo_loss(logprob, ref["ppo_old_logprob"], ref["ppo_advantage"], 0.2)
     v_loss = ppo_pair.value_loss(value, ref["ppo_old_value"], ref["ppo_return"], 0.2)
     (pg_loss.mean() + v_loss.mean()).backward()
@@ -41,14 +47,19 @@ def test_losses_and_gradients_equal_the_ancestors():
 def test_gae_brute_force():
     """A_t = sum_k (gamma lambda)^k delta_{t+k} up to the end of the episode, written out."""
     generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(9, 4, generator=generator), torch.randn(10, 4, generator=generator)
+    rewards, values = (
+        torch.randn(9, 4, generator=generator),
+        torch.randn(10, 4, generator=generator),
+    )
     dones = torch.rand(9, 4, generator=generator) < 0.3
     advantages, returns = ppo_pair.gae(rewards, values, dones, 0.9, 0.8)
     for n in range(4):
         for t in range(9):
             expected, discount = 0.0, 1.0
             for k in range(t, 9):
-                expected += discount * (rewards[k, n] + 0.9 * values[k + 1, n] * (not dones[k, n]) - values[k, n])
+                expected += discount * (
+                    rewards[k, n] + 0.9 * values[k + 1, n] * (not dones[k, n]) - values[k, n]
+                )
                 discount *= 0.9 * 0.8
                 if dones[k, n]:
                     break
@@ -113,7 +124,13 @@ def test_the_gradient_does_not_depend_on_the_device_batch(float64, backbone):
     """1 x 8 == 2 x 4 == 3 + 3 + 2 == 8 x 1 to 1e-9 (relative) of the way that the weights went in four steps of the whole of
     Eq. (4), with the pair losses of some decisions (of 1 x 1 often none). Also: the ratio starts at 1."""
     args = toy_args(
-        inv_coef=0.5, sen_coef=0.2, pair_fraction=0.6, batch_size=8, device_batch_size=32, update_epochs=1, num_steps=2
+        inv_coef=0.5,
+        sen_coef=0.2,
+        pair_fraction=0.6,
+        batch_size=8,
+        device_batch_size=32,
+        update_epochs=1,
+        num_steps=2,
     )
     policy = toy_policy_with_seed(backbone)
     batch, start = toy_rollout(args, policy), [p.clone() for p in policy.parameters()]
@@ -123,7 +140,12 @@ def test_the_gradient_does_not_depend_on_the_device_batch(float64, backbone):
         torch.manual_seed(2)
         stats = ppo_pair.update(args, other, sgd(other, 1e-3), batch, gray(1))
         moved.append([p - q for p, q in zip(other.parameters(), start)])
-        assert stats["ratio_dev"] < 1e-9 and stats["inv_kl"] > 0 and stats["sen_kl"] > 0 and stats["updates"] == 4
+        assert (
+            stats["ratio_dev"] < 1e-9
+            and stats["inv_kl"] > 0
+            and stats["sen_kl"] > 0
+            and stats["updates"] == 4
+        )
         assert distance(moved[-1], moved[0]) < 1e-9
 
 
@@ -138,50 +160,89 @@ def test_the_rollout_does_not_depend_on_the_device_batch():
     with torch.no_grad():
         again = policy.evaluate(obs, ["put red cube on plate"] * 8, parts.latent)
     torch.testing.assert_close(parts.logprob, again.logprob, atol=1e-4, rtol=0)
-    torch.testing.assert_close(parts.actions[:, 0].double(), policy.env_action(parts.latent), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        parts.actions[:, 0].double(), policy.env_action(parts.latent), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("detach_sen", [False, True])
 def test_the_pair_losses_of_a_part_of_the_decisions(detach_sen, float64):
     """--pair-fraction: the mean over those drawn, in expectation that over all, and no view of another is forwarded.
     --detach-sen: no gradient of Eq. (3) at o."""
-    args = toy_args(inv_coef=0.5, sen_coef=0.2, sen_clip=1e9, pair_fraction=0.25, batch_size=128, update_epochs=1)
+    args = toy_args(
+        inv_coef=0.5,
+        sen_coef=0.2,
+        sen_clip=1e9,
+        pair_fraction=0.25,
+        batch_size=128,
+        update_epochs=1,
+    )
     args.detach_sen = detach_sen
     start = toy_policy_with_seed()
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
     batch, tables, rows = toy_rollout(args, start), gray(1), []
-    hook = ours.language_model.model.norm.register_forward_hook(lambda _, __, y: rows.append(len(y)))
-    stats = ppo_pair.update(args, ours, sgd(ours, 1e-3), batch, tables, generator=torch.Generator().manual_seed(5))
+    hook = ours.language_model.model.norm.register_forward_hook(
+        lambda _, __, y: rows.append(len(y))
+    )
+    stats = ppo_pair.update(
+        args, ours, sgd(ours, 1e-3), batch, tables, generator=torch.Generator().manual_seed(5)
+    )
     hook.remove()
 
-    [(inds, paired, size)] = ppo_pair.minibatches(args, args.num_steps, torch.Generator().manual_seed(5))
+    [(inds, paired, size)] = ppo_pair.minibatches(
+        args, args.num_steps, torch.Generator().manual_seed(5)
+    )
     assert 16 < paired.sum() < 48 and sum(rows) == size + 2 * paired.sum()
     obs, latent = {k: v[inds] for k, v in batch["obs"].items()}, batch["latents"][inds]
 
     def at(rgb):
         return plain.evaluate({"rgb": rgb}, [batch["instructions"][i] for i in inds], latent)
 
-    o, o_pre, o_alt = at(obs["rgb"]), at(views.task_preserving(obs["rgb"], obs["mask"], tables)), at(obs["rgb_alt"])
+    o, o_pre, o_alt = (
+        at(obs["rgb"]),
+        at(views.task_preserving(obs["rgb"], obs["mask"], tables)),
+        at(obs["rgb_alt"]),
+    )
     here = o.dist.detach() if detach_sen else o.dist
-    inv_kl, sen_kl = plain.kl(o.dist, o_pre.dist.detach())[paired], plain.kl(here, o_alt.dist)[paired]
-    loss = ppo_pair.ppo_loss(o.logprob, batch["logprobs"][inds], batch["advantages"][inds], args.clip_coef)[0]
-    loss = loss + ppo_pair.value_loss(o.value, batch["values"][inds], batch["returns"][inds], args.value_clip)
+    inv_kl, sen_kl = (
+        plain.kl(o.dist, o_pre.dist.detach())[paired],
+        plain.kl(here, o_alt.dist)[paired],
+    )
+    loss = ppo_pair.ppo_loss(
+        o.logprob, batch["logprobs"][inds], batch["advantages"][inds], args.clip_coef
+    )[0]
+    loss = loss + ppo_pair.value_loss(
+        o.value, batch["values"][inds], batch["returns"][inds], args.value_clip
+    )
     optimizer = sgd(plain, 1e-3)
     (loss.mean() + (0.5 * inv_kl - 0.2 * sen_kl).sum() / (0.25 * size)).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), args.max_grad_norm)
     optimizer.step()
-    assert abs(stats["inv_kl"] - inv_kl.mean().item()) < 1e-6 and abs(stats["sen_kl"] - sen_kl.mean().item()) < 1e-6
-    ways = [[p - q for p, q in zip(other.parameters(), start.parameters())] for other in (ours, plain)]
+    assert (
+        abs(stats["inv_kl"] - inv_kl.mean().item()) < 1e-6
+        and abs(stats["sen_kl"] - sen_kl.mean().item()) < 1e-6
+    )
+    ways = [
+        [p - q for p, q in zip(other.parameters(), start.parameters())] for other in (ours, plain)
+    ]
     assert distance(*ways) < 1e-9
 
 
 @pytest.mark.parametrize("below", [0, 3, 9, 11, 16])
 def test_samples_at_the_sensitivity_clip_cost_no_backward_pass(below, monkeypatch):
     """Gradients are those of the plain formula, and the passes that are counted are never far from the fewest possible."""
-    args = toy_args(inv_coef=0.5, sen_coef=2.0, device_batch_size=16, batch_size=16, update_epochs=1)
+    args = toy_args(
+        inv_coef=0.5, sen_coef=2.0, device_batch_size=16, batch_size=16, update_epochs=1
+    )
     policy = toy_policy_with_seed()
-    batch = {k: v[:16] if k != "obs" else {name: x[:16] for name, x in v.items()} for k, v in toy_rollout(args, policy).items()}
-    o, o_alt = (policy.evaluate({"rgb": batch["obs"][k]}, batch["instructions"], batch["latents"]) for k in ("rgb", "rgb_alt"))
+    batch = {
+        k: v[:16] if k != "obs" else {name: x[:16] for name, x in v.items()}
+        for k, v in toy_rollout(args, policy).items()
+    }
+    o, o_alt = (
+        policy.evaluate({"rgb": batch["obs"][k]}, batch["instructions"], batch["latents"])
+        for k in ("rgb", "rgb_alt")
+    )
     kl = policy.kl(o.dist, o_alt.dist).detach().sort().values
     args.sen_clip = torch.cat([kl[:1] * 0.9, (kl[1:] + kl[:-1]) / 2, kl[-1:] * 1.1])[below].item()
 
@@ -204,7 +265,9 @@ def test_samples_at_the_sensitivity_clip_cost_no_backward_pass(below, monkeypatc
         assert abs(stats["sen_clipped"] - (16 - below) / 16) < 1e-6
     assert distance(moved[1], moved[0]) < 1e-4
     again = below if below < 0.6 * 16 else 0
-    assert rows == dict(forward=16 * 3 + again, backward=16 + (below if below < 0.6 * 16 else 16))  # o, o_pre, o_alt
+    assert rows == dict(
+        forward=16 * 3 + again, backward=16 + (below if below < 0.6 * 16 else 16)
+    )  # o, o_pre, o_alt
     assert sum(rows.values()) <= 1.1 * (16 * 4 + min(2 * below, 16))
 
 
@@ -230,18 +293,29 @@ def test_the_critic_warm_up_moves_the_value_head_alone():
     args, policy = toy_args(batch_size=32), toy_policy_with_seed()
     batch, before = toy_rollout(args, policy), copy.deepcopy(policy.state_dict())
     ppo_pair.update(args, policy, sgd(policy, 0.1), batch, value_only=True)
-    moved = {name.split(".")[0] for name, p in policy.state_dict().items() if not torch.equal(p, before[name])}
+    moved = {
+        name.split(".")[0]
+        for name, p in policy.state_dict().items()
+        if not torch.equal(p, before[name])
+    }
     assert moved == {"value_head"}
     ppo_pair.update(args, policy, sgd(policy, 0.1), batch)
-    assert not torch.equal(policy.state_dict()["projector.fc1.weight"], before["projector.fc1.weight"])
+    assert not torch.equal(
+        policy.state_dict()["projector.fc1.weight"], before["projector.fc1.weight"]
+    )
 
 
 def test_target_kl_ends_the_update_early():
     """With the step at which it is first seen to be too large. The first step's is 0."""
     updates = []
     for target_kl in (0.0, 1e9, 1e-6):
-        args, policy = toy_args(batch_size=32, update_epochs=1, target_kl=target_kl), toy_policy_with_seed()
-        updates.append(ppo_pair.update(args, policy, sgd(policy, 0.01), toy_rollout(args, policy))["updates"])
+        args, policy = (
+            toy_args(batch_size=32, update_epochs=1, target_kl=target_kl),
+            toy_policy_with_seed(),
+        )
+        updates.append(
+            ppo_pair.update(args, policy, sgd(policy, 0.01), toy_rollout(args, policy))["updates"]
+        )
     assert updates == [4, 4, 2]
 
 
@@ -298,11 +372,15 @@ def likelihood(policy, rgb, instructions, latent):
     """log-prob (B,) by torch.distributions, value (B,)."""
     if isinstance(policy, policies.OpenVLA):
         logits, value = policy(policy.preprocess(rgb), *policy.tokenize(instructions), latent)
-        return torch.distributions.Categorical(logits=logits).log_prob(latent - policy.action_begin).sum(1), value
+        return torch.distributions.Categorical(logits=logits).log_prob(
+            latent - policy.action_begin
+        ).sum(1), value
     prefix, state = policy._observe(dict(rgb=rgb), instructions)
     dist, value = policy.distribution(prefix, state, latent)
     executed = latent[:, 1, : policy.chunk, :7]  # of x_{k+1}
-    return torch.distributions.Normal(dist[:, 0, 0], dist[:, 1, 0]).log_prob(executed).sum((1, 2)), value
+    return torch.distributions.Normal(dist[:, 0, 0], dist[:, 1, 0]).log_prob(executed).sum(
+        (1, 2)
+    ), value
 
 
 def another_ppo(policy, args, iterations):
@@ -321,16 +399,23 @@ def another_ppo(policy, args, iterations):
                 for n in range(args.num_envs):
                     samples.append(dict(rgb=rgb[n], latent=decision.latent[n], old=old[n], value=value[n], reward=reward[n],
                                         done=done))  # fmt: skip
-        following = {n: (torch.tensor(0.0), torch.tensor(0.0)) for n in range(args.num_envs)}  # value, advantage
+        following = {
+            n: (torch.tensor(0.0), torch.tensor(0.0)) for n in range(args.num_envs)
+        }  # value, advantage
         for i in reversed(range(len(samples))):
             s, (value, advantage) = samples[i], following[i % args.num_envs]
             alive = 0.0 if s["done"] else 1.0
             s["advantage"] = s["reward"] + args.gamma * alive * value - s["value"]
             s["advantage"] = s["advantage"] + args.gamma * args.gae_lambda * alive * advantage
-            s["return"], following[i % args.num_envs] = s["advantage"] + s["value"], (s["value"], s["advantage"])
+            s["return"], following[i % args.num_envs] = (
+                s["advantage"] + s["value"],
+                (s["value"], s["advantage"]),
+            )
         raw = torch.stack([s["advantage"] for s in samples])
         for s in samples:
-            s["advantage"] = (s["advantage"] - raw.mean()) / (((raw - raw.mean()) ** 2).mean().sqrt() + 1e-5)
+            s["advantage"] = (s["advantage"] - raw.mean()) / (
+                ((raw - raw.mean()) ** 2).mean().sqrt() + 1e-5
+            )
         torch.manual_seed(iteration)
         for _ in range(args.update_epochs):
             for inds, _, size in list(ppo_pair.minibatches(args, args.num_steps, None)):
@@ -339,14 +424,22 @@ def another_ppo(policy, args, iterations):
                 new, values = likelihood(policy, rgb, toy.instructions[:1] * size, latent)
                 loss = 0.0
                 for s, logprob, value in zip(mb, new, values):
-                    ratio, low, high = (logprob - s["old"]).exp(), 1 - args.clip_coef, 1 + args.clip_coef
-                    loss = loss - min(ratio * s["advantage"], ratio.clip(low, high) * s["advantage"])
+                    ratio, low, high = (
+                        (logprob - s["old"]).exp(),
+                        1 - args.clip_coef,
+                        1 + args.clip_coef,
+                    )
+                    loss = loss - min(
+                        ratio * s["advantage"], ratio.clip(low, high) * s["advantage"]
+                    )
                     near = s["value"] + (value - s["value"]).clip(-args.value_clip, args.value_clip)
                     errors = [(v - s["return"]).abs() for v in (value, near)]
                     loss = loss + max(e**2 / 2 if e < 10 else 10 * (e - 5) for e in errors)
                 optimizer.zero_grad()
                 (loss / size).backward()
-                norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
+                norm = torch.cat(
+                    [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+                ).norm()
                 for p in policy.parameters():
                     if p.grad is not None and norm > args.max_grad_norm:
                         p.grad *= args.max_grad_norm / (norm + 1e-6)  # torch's own addition
@@ -357,7 +450,14 @@ def another_ppo(policy, args, iterations):
 @pytest.mark.parametrize("backbone", TOYS)
 def test_pair_with_zero_coefficients_is_ppo(float64, backbone):
     """1e-9 (relative) of the way that the weights went, against an implementation of its own."""
-    args = toy_args(num_steps=4, batch_size=16, device_batch_size=5, update_epochs=2, max_grad_norm=2.0, gamma=0.9)
+    args = toy_args(
+        num_steps=4,
+        batch_size=16,
+        device_batch_size=5,
+        update_epochs=2,
+        max_grad_norm=2.0,
+        gamma=0.9,
+    )
     policy = toy_policy_with_seed(backbone)
     start, other = [p.clone() for p in policy.parameters()], copy.deepcopy(policy)
     torch.manual_seed(5)
@@ -371,7 +471,9 @@ def test_pair_with_zero_coefficients_is_ppo(float64, backbone):
         args.device_batch_size = 5
         torch.manual_seed(iteration)
         ppo_pair.update(args, policy, optimizer, batch)
-    moved = [[p - q for p, q in zip(parameters, start)] for parameters in (policy.parameters(), expected)]
+    moved = [
+        [p - q for p, q in zip(parameters, start)] for parameters in (policy.parameters(), expected)
+    ]
     assert distance(*moved) < 1e-9
 
 
@@ -381,10 +483,14 @@ def test_a_policy_that_goes_blind_is_noticed():
     first, low = [1.0, 0.5, 2.0], [0.1, 0.05, 0.2]
     assert ppo_pair.going_blind([first] * 3 + [low] * 5)
     assert not ppo_pair.going_blind([first] * 3 + [low] * 3)  # not for long enough
-    assert not ppo_pair.going_blind([first] + [low[:2] + [2.0]] * 9)  # it still tells frames apart: it has learnt to ignore
+    assert not ppo_pair.going_blind(
+        [first] + [low[:2] + [2.0]] * 9
+    )  # it still tells frames apart: it has learnt to ignore
     assert not ppo_pair.going_blind([first] + [[0.1, 0.5, 0.2]] * 9)
     assert not ppo_pair.going_blind([]) and not ppo_pair.going_blind([first] * 9)
-    assert ppo_pair.going_blind([[1.0, 2.0]] + [[0.1, 0.2]] * 5)  # only one of the two losses: two KLs
+    assert ppo_pair.going_blind(
+        [[1.0, 2.0]] + [[0.1, 0.2]] * 5
+    )  # only one of the two losses: two KLs
 
 
 def test_a_parameter_that_would_not_learn_stops_the_run():
@@ -394,8 +500,12 @@ def test_a_parameter_that_would_not_learn_stops_the_run():
     with pytest.raises(ppo_pair.sim.Fault, match="unused is to be trained but gets no gradient"):
         ppo_pair.update(args, policy, sgd(policy), batch)
     optimizer = sgd(policy)
-    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not policy.unused]
-    with pytest.raises(ppo_pair.sim.Fault, match="unused is to be trained but is not on the optimizer"):
+    optimizer.param_groups[0]["params"] = [
+        p for p in optimizer.param_groups[0]["params"] if p is not policy.unused
+    ]
+    with pytest.raises(
+        ppo_pair.sim.Fault, match="unused is to be trained but is not on the optimizer"
+    ):
         ppo_pair.update(args, policy, optimizer, batch)
 
 

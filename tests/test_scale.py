@@ -108,7 +108,9 @@ def wait(pid, seconds=120):
 def wait_for(path, pid, seconds=120):
     deadline = time.time() + seconds
     while not path.exists():
-        assert time.time() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0), f"{path} does not come"
+        assert time.time() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0), (
+            f"{path} does not come"
+        )
         time.sleep(0.01)
 
 
@@ -116,7 +118,9 @@ def state(checkpoint):
     """All that a run goes on from: weights and trainer, as one flat dict of tensors and values."""
     policies.verify(checkpoint)
     trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
-    parts = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "value_head")}
+    parts = {
+        name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "value_head")
+    }
     flat = {}
 
     def walk(key, value):
@@ -135,7 +139,11 @@ def state(checkpoint):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for key, value in a.items():
-        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key] or value != value
+        same = (
+            torch.equal(value, b[key])
+            if isinstance(value, torch.Tensor)
+            else value == b[key] or value != value
+        )
         assert same, key
 
 
@@ -149,7 +157,12 @@ def ranks(world, function, tmp_path, code=0):
     def child(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        ppo_pair.RANK, ppo_pair.WORLD, ppo_pair.LOCAL_RANK, ppo_pair.LOCAL_WORLD = rank, world, rank, world
+        ppo_pair.RANK, ppo_pair.WORLD, ppo_pair.LOCAL_RANK, ppo_pair.LOCAL_WORLD = (
+            rank,
+            world,
+            rank,
+            world,
+        )
         function(rank)
 
     pids = [fork(functools.partial(child, rank), tmp_path / f"rank{rank}") for rank in range(world)]
@@ -179,14 +192,20 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
         head = list(policy.value_head.parameters())
         actor = [p for p in policy.parameters() if all(p is not q for q in head)]
         optimizer = torch.optim.SGD([dict(params=actor), dict(params=head)], lr=1e-2)
-        mine, shared, before = ppo_pair.share(16), torch.Generator(), copy.deepcopy(policy.state_dict())
+        mine, shared, before = (
+            ppo_pair.share(16),
+            torch.Generator(),
+            copy.deepcopy(policy.state_dict()),
+        )
         steps = itertools.count()
 
         def act(obs, instructions, act=policy.act):
             parts, step = [], next(steps)
             for i, slot in enumerate(mine):
                 torch.manual_seed(16 * step + slot)
-                parts.append(act({k: v[i : i + 1] for k, v in obs.items()}, instructions[i : i + 1]))
+                parts.append(
+                    act({k: v[i : i + 1] for k, v in obs.items()}, instructions[i : i + 1])
+                )
             return policies.Decision(*map(torch.cat, zip(*parts)))
 
         policy.act = act
@@ -199,7 +218,9 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
         moved = {k: v - before[k] for k, v in policy.state_dict().items()}
         torch.save((stats, policy.state_dict(), moved), tmp_path / f"{ppo_pair.WORLD}_{rank}.pt")
 
-    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (tmp_path / "alone").read_text()
+    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (
+        tmp_path / "alone"
+    ).read_text()
     for world in (2, 3):
         ranks(world, function, tmp_path)
     stats, weights, moved = torch.load(tmp_path / "1_0.pt", weights_only=True)
@@ -218,7 +239,9 @@ def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
         evaluate.main(evaluate.Args(checkpoint=str(start), splits=splits, num_episodes=11, num_envs=2, seeds=(0, 1),
                                     out=str(tmp_path / f"eval{ppo_pair.WORLD}"), cuda=False))  # fmt: skip
 
-    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (tmp_path / "alone").read_text()
+    assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (
+        tmp_path / "alone"
+    ).read_text()
     ranks(3, function, tmp_path)
     for name in ("episodes.jsonl", "table.md"):
         assert (tmp_path / "eval1" / name).read_text() == (tmp_path / "eval3" / name).read_text()
@@ -250,7 +273,10 @@ def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been
             os.kill(os.getpid(), signal.SIGTERM)
 
     said, _ = two_ranks(tmp_path, *fresh(start, tmp_path / "run"), *flags, before_update=terminate)
-    assert f"stopped by SIGTERM after iteration 2; go on with: python ppo_pair.py --resume {tmp_path / 'run'}" in said
+    assert (
+        f"stopped by SIGTERM after iteration 2; go on with: python ppo_pair.py --resume {tmp_path / 'run'}"
+        in said
+    )
     two_ranks(tmp_path, "--resume", tmp_path / "run")
     two_ranks(tmp_path, *fresh(start, tmp_path / "undisturbed"), *flags)
     ours, theirs = (state(tmp_path / run / "checkpoint-000003") for run in ("run", "undisturbed"))
@@ -264,10 +290,18 @@ def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
         if (ppo_pair.RANK, iteration) == (1, 2):
             batch["returns"][0] = float("nan")
 
-    for said in two_ranks(tmp_path, *fresh(start, tmp_path / "run"), "--iterations", 3, code=2, before_update=spoil):
-        assert "a loss, log-prob or gradient is not finite: stopped before the step" in said and "Traceback" not in said
+    for said in two_ranks(
+        tmp_path, *fresh(start, tmp_path / "run"), "--iterations", 3, code=2, before_update=spoil
+    ):
+        assert (
+            "a loss, log-prob or gradient is not finite: stopped before the step" in said
+            and "Traceback" not in said
+        )
     assert ppo_pair.newest_checkpoint(tmp_path / "run").name == "checkpoint-000001"
-    assert {p.name for p in (tmp_path / "run").glob("nonfinite*")} == {"nonfinite_rank0.pt", "nonfinite_rank1.pt"}
+    assert {p.name for p in (tmp_path / "run").glob("nonfinite*")} == {
+        "nonfinite_rank0.pt",
+        "nonfinite_rank1.pt",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -284,7 +318,10 @@ def whole_of(start_of, tmp_path_factory):
     @functools.cache
     def whole_of(backbone):
         run = tmp_path_factory.mktemp("whole") / "run"
-        assert wait(train(*fresh(start_of(backbone), run), "--iterations", 8, log=run.parent / "log")) == 0
+        assert (
+            wait(train(*fresh(start_of(backbone), run), "--iterations", 8, log=run.parent / "log"))
+            == 0
+        )
         return run
 
     return whole_of
@@ -296,15 +333,26 @@ def whole(whole_of):
 
 
 def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
-    lines = [line for line in (whole.parent / "log").read_text().splitlines() if "ratio_dev" in line]
+    lines = [
+        line for line in (whole.parent / "log").read_text().splitlines() if "ratio_dev" in line
+    ]
     assert len(lines) == 8
     trainer = torch.load(whole / "checkpoint-000008/trainer.pt", weights_only=True)
     means = [np.mean(trainer["successes"][max(0, i - 8) : i]) for i in range(1, 9)]
     best = max(range(8), key=lambda i: (means[i], i)) + 1
     assert trainer["best"] == (pytest.approx(max(means)), best)
     assert (whole / "best").resolve().name == f"checkpoint-{best:06d}"
-    assert {p.name for p in whole.glob("check*")} == {"checkpoint-000007", "checkpoint-000008", f"checkpoint-{best:06d}"}
-    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=whole / "checkpoint-000008", capture_output=True, text=True)
+    assert {p.name for p in whole.glob("check*")} == {
+        "checkpoint-000007",
+        "checkpoint-000008",
+        f"checkpoint-{best:06d}",
+    }
+    sums = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"],
+        cwd=whole / "checkpoint-000008",
+        capture_output=True,
+        text=True,
+    )
     assert sums.returncode == 0 and sums.stdout.count("OK") == 6
 
 
@@ -312,7 +360,9 @@ def test_the_newest_and_the_best_stay(tmp_path):
     policy, args, bests = toy_policy(), ppo_pair.Args(keep=2), (1, 2, 2, 2, 2, 6)
     lefts = [1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6]
     for iteration, best, left in zip(itertools.count(1), bests, lefts):
-        ppo_pair.save_checkpoint(tmp_path, policy, args, dict(iteration=iteration, best=(0.5, best)))
+        ppo_pair.save_checkpoint(
+            tmp_path, policy, args, dict(iteration=iteration, best=(0.5, best))
+        )
         assert [int(p.name[-6:]) for p in ppo_pair.checkpoints(tmp_path)] == left
         assert (tmp_path / "best").resolve() == tmp_path / f"checkpoint-{best:06d}"
         assert not list(tmp_path.glob("*.partial"))
@@ -320,7 +370,13 @@ def test_the_newest_and_the_best_stay(tmp_path):
 
 def test_two_processes_with_one_seed_are_the_same(start, whole, tmp_path):
     """Bitwise; the second one is a Python of its own, with other hashes."""
-    command = [sys.executable, ROOT / "tests/toy.py", *fresh(start, tmp_path / "run"), "--iterations", "8"]
+    command = [
+        sys.executable,
+        ROOT / "tests/toy.py",
+        *fresh(start, tmp_path / "run"),
+        "--iterations",
+        "8",
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONHASHSEED="7")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -346,7 +402,9 @@ def kill_and_resume(start, run, iterations, kills, seed):
                     os.kill(os.getpid(), signal.SIGKILL)
                 original(*args)
 
-            policies.save_file, policies.sync = (functools.partial(count, f) for f in (policies.save_file, policies.sync))
+            policies.save_file, policies.sync = (
+                functools.partial(count, f) for f in (policies.save_file, policies.sync)
+            )
 
         pid = train(*how, "--iterations", iterations, before=before, log=run.parent / "log")
         if not in_write and len(killed) < kills:
@@ -366,11 +424,15 @@ def kill_and_resume(start, run, iterations, kills, seed):
 
 
 @pytest.mark.parametrize("backbone", TOYS)
-def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(start_of, whole_of, tmp_path, backbone):
+def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(
+    start_of, whole_of, tmp_path, backbone
+):
     """Bitwise: weights, optimizer, history. Three kills here, twenty in the slow test."""
     killed = kill_and_resume(start_of(backbone), tmp_path / "run", 8, 3, seed=2225)
     assert killed == ["write", "anywhere", "write"]  # the first before there was any checkpoint
-    assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole_of(backbone) / "checkpoint-000008"))
+    assert_same(
+        state(tmp_path / "run/checkpoint-000008"), state(whole_of(backbone) / "checkpoint-000008")
+    )
 
 
 @pytest.mark.slow
@@ -399,14 +461,25 @@ def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
     trainer = torch.load(run / "checkpoint-000009/trainer.pt", weights_only=True)
     assert trainer["iteration"] == 9 and len(trainer["successes"]) == 9
     args = json.loads((run / "checkpoint-000009/args.json").read_text())
-    last = [group["lr"] * 9 for group in trainer["optimizer"]["param_groups"]]  # --anneal-lr: a ninth is left
-    assert args["anneal_lr"] and last == pytest.approx([args["learning_rate"], args["value_learning_rate"]])
+    last = [
+        group["lr"] * 9 for group in trainer["optimizer"]["param_groups"]
+    ]  # --anneal-lr: a ninth is left
+    assert args["anneal_lr"] and last == pytest.approx(
+        [args["learning_rate"], args["value_learning_rate"]]
+    )
 
 
 def test_resume_refuses_what_would_change_the_run(whole, monkeypatch):
-    args = ppo_pair.parse(["--resume", str(whole), "--iterations", "20", "--device-batch-size", "3"])
+    args = ppo_pair.parse(
+        ["--resume", str(whole), "--iterations", "20", "--device-batch-size", "3"]
+    )
     assert (args.iterations, args.device_batch_size, args.num_envs, args.seed) == (20, 3, 6, 1)
-    for flag, value in (("seed", "2"), ("num-envs", "8"), ("learning-rate", "1e-4"), ("inv-coef", "0")):
+    for flag, value in (
+        ("seed", "2"),
+        ("num-envs", "8"),
+        ("learning-rate", "1e-4"),
+        ("inv-coef", "0"),
+    ):
         with pytest.raises(envs.Fault, match=f"--{flag} .*leave the flag out"):
             ppo_pair.parse(["--resume", str(whole), f"--{flag}", value])
     saved = json.loads((whole / "checkpoint-000008/args.json").read_text())
@@ -447,7 +520,16 @@ def test_memory_is_flat(start, tmp_path):
 
         ppo_pair.health_line = line
 
-    pid = train("--checkpoint", start, "--run-dir", tmp_path / "run", "--iterations", 50, *FLAGS, before=before)
+    pid = train(
+        "--checkpoint",
+        start,
+        "--run-dir",
+        tmp_path / "run",
+        "--iterations",
+        50,
+        *FLAGS,
+        before=before,
+    )
     assert wait(pid, 600) == 0
     pages = [int(line.split()[1]) for line in (tmp_path / "memory").read_text().splitlines()]
     assert len(pages) == 50 and max(pages[-20:]) / min(pages[-20:]) < 1.02, pages
@@ -467,7 +549,10 @@ def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_
     assert wait(pid, 30) == 0, log.read_text()
     (last,) = [line for line in log.read_text().splitlines() if "stopped by" in line]
     saved = ppo_pair.newest_checkpoint(run)
-    assert f"stopped by SIGTERM after iteration {int(saved.name[-2:])}; go on with: python ppo_pair.py --resume {run}" in last
+    assert (
+        f"stopped by SIGTERM after iteration {int(saved.name[-2:])}; go on with: python ppo_pair.py --resume {run}"
+        in last
+    )
     assert wait(train(*last.split("ppo_pair.py ")[1].split())) == 0
     ours, theirs = state(run / "checkpoint-000008"), state(whole / "checkpoint-000008")
     for flat in (ours, theirs):  # the two runs save at different iterations
@@ -484,7 +569,10 @@ def test_sigterm_before_there_is_anything_to_save(start, tmp_path):
         ppo_pair.rollout = first
 
     assert wait(train(*fresh(start, tmp_path / "run"), log=tmp_path / "log", before=before)) == 0
-    assert "stopped by SIGTERM after iteration 0; nothing is there to resume yet" in (tmp_path / "log").read_text()
+    assert (
+        "stopped by SIGTERM after iteration 0; nothing is there to resume yet"
+        in (tmp_path / "log").read_text()
+    )
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -510,7 +598,9 @@ def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
     policies.load_policy("openvla-tiny", ppo_pair.newest_checkpoint(run))
 
 
-def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path):
+def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_before(
+    start, tmp_path
+):
     """The limit on a file's size stands in for a full disk: it needs no root. test_a_full_disk is the real thing."""
     run, log = tmp_path / "run", tmp_path / "log"
 
@@ -522,15 +612,35 @@ def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_be
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         policies.sync = smaller
-        ppo_pair.checkpoints = lambda run_dir, original=ppo_pair.checkpoints: smaller_after(original(run_dir))
+        ppo_pair.checkpoints = lambda run_dir, original=ppo_pair.checkpoints: smaller_after(
+            original(run_dir)
+        )
 
         def smaller_after(paths):
             if paths and paths[-1].name == "checkpoint-000002":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
             return paths
 
-    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 4, *FLAGS, log=log, before=before)) == 2
-    assert "checkpoint-000003 could not be written" in log.read_text() and "Traceback" not in log.read_text()
+    assert (
+        wait(
+            train(
+                "--checkpoint",
+                start,
+                "--run-dir",
+                run,
+                "--iterations",
+                4,
+                *FLAGS,
+                log=log,
+                before=before,
+            )
+        )
+        == 2
+    )
+    assert (
+        "checkpoint-000003 could not be written" in log.read_text()
+        and "Traceback" not in log.read_text()
+    )
     assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000002"
     assert wait(train("--resume", run, "--iterations", 3)) == 0
 
@@ -546,20 +656,28 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_pa
                 with open(disk / "others", "wb", buffering=0) as file, contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(4096))
-            return update(*args) | dict.fromkeys(map(str, range(200)), 0.0)  # more to log than fits into a block's rest
+            return update(*args) | dict.fromkeys(
+                map(str, range(200)), 0.0
+            )  # more to log than fits into a block's rest
 
         ppo_pair.update = fill_and_update
 
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tiny tmpfs needs root")
     try:
-        pid = train(*fresh(start, disk / "run"), "--iterations", 9, "--keep", 9, log=log, before=fill)
+        pid = train(
+            *fresh(start, disk / "run"), "--iterations", 9, "--keep", 9, log=log, before=fill
+        )
         assert wait(pid) == 2, log.read_text()
         assert "could not be written" in log.read_text() and "No space left" in log.read_text()
         assert "Traceback" not in log.read_text()
         newest = ppo_pair.newest_checkpoint(disk / "run")
         policies.load_policy("openvla-tiny", newest)
-        assert int(newest.name[-2:]) >= 1 and (by == "checkpoints" or newest.name == "checkpoint-000002")
+        assert int(newest.name[-2:]) >= 1 and (
+            by == "checkpoints" or newest.name == "checkpoint-000002"
+        )
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert wait(train("--resume", disk / "run", log=log)) == 2
         assert "cannot write to --run-dir" in log.read_text() and "Traceback" not in log.read_text()
@@ -570,15 +688,24 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_pa
 def test_a_folder_that_cannot_be_written(start, tmp_path):
     (tmp_path / "file").write_text("not a directory")
     log = tmp_path / "log"
-    assert wait(train("--checkpoint", start, "--run-dir", tmp_path / "file/run", *FLAGS, log=log)) == 2
-    assert log.read_text().startswith("error: cannot write to --run-dir") and len(log.read_text().splitlines()) == 1
+    assert (
+        wait(train("--checkpoint", start, "--run-dir", tmp_path / "file/run", *FLAGS, log=log)) == 2
+    )
+    assert (
+        log.read_text().startswith("error: cannot write to --run-dir")
+        and len(log.read_text().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "unlisted"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys, fault):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, run], check=True)
-    file = run / "checkpoint-000008" / dict(missing="trainer.pt", unlisted="SHA256SUMS").get(fault, "model.safetensors")
+    file = (
+        run
+        / "checkpoint-000008"
+        / dict(missing="trainer.pt", unlisted="SHA256SUMS").get(fault, "model.safetensors")
+    )
     content = file.read_bytes()
     if fault == "missing":
         file.unlink()
@@ -590,7 +717,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     assert file.name in capsys.readouterr().err
     with pytest.raises(policies.PolicyError, match=file.name):
         policies.load_policy("openvla-tiny", file.parent)
-    subprocess.run(["rm", "-r", *(p for p in run.glob("checkpoint-*") if p != file.parent)], check=True)
+    subprocess.run(
+        ["rm", "-r", *(p for p in run.glob("checkpoint-*") if p != file.parent)], check=True
+    )
     with pytest.raises(envs.Fault, match="no whole checkpoint"):
         ppo_pair.newest_checkpoint(run)
 
@@ -609,7 +738,10 @@ def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
 
     def before():
         def update(args, policy, *rest, original=ppo_pair.update):
-            weight, third = dict(policy.named_parameters())[where].data.view(-1), (run / "checkpoint-000002").exists()
+            weight, third = (
+                dict(policy.named_parameters())[where].data.view(-1),
+                (run / "checkpoint-000002").exists(),
+            )
             if third and when == "before":
                 weight[-1] = float("nan")
             stats = original(args, policy, *rest)
@@ -619,25 +751,57 @@ def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
 
         ppo_pair.update = update
 
-    assert wait(train("--checkpoint", start, "--run-dir", run, "--iterations", 9, *FLAGS, log=log, before=before)) == 2
+    assert (
+        wait(
+            train(
+                "--checkpoint",
+                start,
+                "--run-dir",
+                run,
+                "--iterations",
+                9,
+                *FLAGS,
+                log=log,
+                before=before,
+            )
+        )
+        == 2
+    )
     assert sentence in log.read_text() and "Traceback" not in log.read_text()
     newest = ppo_pair.newest_checkpoint(run)
     assert newest.name == "checkpoint-000002"
-    assert all(torch.isfinite(p).all() for p in policies.load_policy("openvla-tiny", newest).parameters())
+    assert all(
+        torch.isfinite(p).all() for p in policies.load_policy("openvla-tiny", newest).parameters()
+    )
     if when == "before":
         minibatch = torch.load(run / "nonfinite_rank0.pt", weights_only=True)
-        assert len(minibatch["rgb"]) == len(minibatch["latents"]) == len(minibatch["instructions"]) == 12
+        assert (
+            len(minibatch["rgb"])
+            == len(minibatch["latents"])
+            == len(minibatch["instructions"])
+            == 12
+        )
     log.unlink()
     assert wait(train("--resume", run, "--iterations", 3, log=log)) == 0, log.read_text()
 
 
-@pytest.mark.parametrize("value, sentence", [(float("inf"), "weight projector.fc3.weight is not finite"), (0.0, "not see")])
+@pytest.mark.parametrize(
+    "value, sentence",
+    [(float("inf"), "weight projector.fc3.weight is not finite"), (0.0, "not see")],
+)
 def test_a_policy_that_is_broken_or_blind_does_not_start(start, tmp_path, value, sentence):
     policy, log = policies.load_policy("openvla-tiny", start), tmp_path / "log"
     policy.projector["fc3"].weight.data[:] = value
     policy.save(tmp_path / "broken")
-    assert wait(train(*fresh(start, tmp_path / "run"), "--checkpoint", tmp_path / "broken", log=log)) == 2
-    assert sentence in log.read_text() and "Traceback" not in log.read_text() and "ratio_dev" not in log.read_text()
+    assert (
+        wait(train(*fresh(start, tmp_path / "run"), "--checkpoint", tmp_path / "broken", log=log))
+        == 2
+    )
+    assert (
+        sentence in log.read_text()
+        and "Traceback" not in log.read_text()
+        and "ratio_dev" not in log.read_text()
+    )
 
 
 def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
@@ -652,13 +816,18 @@ def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
         ppo_pair.unrelated_kl = lambda *_: kl()
 
     assert wait(train(*fresh(start, run), "--iterations", 9, log=log, before=before)) == 2
-    assert "error: the policy is going blind" in log.read_text() and "Traceback" not in log.read_text()
+    assert (
+        "error: the policy is going blind" in log.read_text() and "Traceback" not in log.read_text()
+    )
     assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000006"
 
 
 def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
     """The real launcher. One rank is killed: the other ends within a minute, with one sentence."""
-    run, flags = tmp_path / "run", ["4" if FLAGS[i - 1] == "--num-envs" else f for i, f in enumerate(FLAGS)]
+    run, flags = (
+        tmp_path / "run",
+        ["4" if FLAGS[i - 1] == "--num-envs" else f for i, f in enumerate(FLAGS)],
+    )
     command = [
         sys.executable,
         "-m",
@@ -676,11 +845,16 @@ def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
     while not (run / "checkpoint-000002").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    children = map(
+        int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
     killed = max(pid for pid in children if b"toy.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(killed, signal.SIGKILL)
     began = time.time()
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and time.time() - began < 60
     assert "error: another rank ended, so rank" in output and "Signal 9 (SIGKILL)" in output
-    assert all(torch.isfinite(p).all() for p in load_file(ppo_pair.newest_checkpoint(run) / "model.safetensors").values())
+    assert all(
+        torch.isfinite(p).all()
+        for p in load_file(ppo_pair.newest_checkpoint(run) / "model.safetensors").values()
+    )

@@ -21,7 +21,9 @@ NAMES = [name for name, _, _ in builtin.OBJECTS]
 
 @pytest.fixture(scope="module")
 def episodes(env):
-    return sft.collect([env], "train", [400_000, 400_001], 0.0, 0.0, 0) + sft.collect([env], "busy", [0], 0.0, 0.0, 0)
+    return sft.collect([env], "train", [400_000, 400_001], 0.0, 0.0, 0) + sft.collect(
+        [env], "busy", [0], 0.0, 0.0, 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,15 @@ def policy(request):
 def test_the_oracle_solves_and_its_frames_are_labelled(episodes):
     for e, extra in zip(episodes, (1, 1, 4)):
         steps = len(e["action"])
-        assert e["rgb"].shape == (steps, 96, 96, 3) and e["object_xyz"].shape == (steps, 1 + extra, 3)
+        assert e["rgb"].shape == (steps, 96, 96, 3) and e["object_xyz"].shape == (
+            steps,
+            1 + extra,
+            3,
+        )
         assert set(np.unique(e["classes"])) <= {0, 26, 27, *(1 + e["objects"])}
-        assert (np.abs(e["action"][:, :3]) <= sft.STEP + 1e-6).all() and np.isin(e["action"][:, 6], (-1, 1)).all()
+        assert (np.abs(e["action"][:, :3]) <= sft.STEP + 1e-6).all() and np.isin(
+            e["action"][:, 6], (-1, 1)
+        ).all()
     assert all(e["success"] for e in episodes[:2])
     first = episodes[0]  # at the end the target lies over the plate
     assert np.linalg.norm(first["object_xyz"][-1, 0, :2] - first["where"][-1, 0, :2]) < 0.065
@@ -49,9 +57,13 @@ def test_the_oracle_solves_and_its_frames_are_labelled(episodes):
 def turn_to(name, target, hand):
     """grasp_turn in degrees for an object and a hand (which looks down) whose x axes point that many degrees from x."""
     looks = dict(target=(0, target), tcp=(np.pi, hand))
-    poses = {k: sapien.Pose(q=euler2quat(tilt, 0, np.deg2rad(yaw))) for k, (tilt, yaw) in looks.items()}
+    poses = {
+        k: sapien.Pose(q=euler2quat(tilt, 0, np.deg2rad(yaw))) for k, (tilt, yaw) in looks.items()
+    }
     fake = {f"{k}_entity": SimpleNamespace(pose=pose) for k, pose in poses.items()}
-    return np.rad2deg(sft.grasp_turn(SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake)))
+    return np.rad2deg(
+        sft.grasp_turn(SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake))
+    )
 
 
 @pytest.mark.parametrize("hand", [0, 48, -130])
@@ -61,7 +73,15 @@ def test_the_hand_turns_for_a_long_target_that_lies_along_the_fingers_and_for_no
             assert turn_to(name, hand + off, hand) == 0
     for off in (0, 30, -45, 50, -50, 180, 215):  # fingers that close straighten these
         assert turn_to("brown stick", hand + off, hand) == 0
-    for off, turn in ((60, 60), (-60, -60), (89, 89), (91, -89), (240, 60), (-240, -60), (119, -61)):
+    for off, turn in (
+        (60, 60),
+        (-60, -60),
+        (89, 89),
+        (91, -89),
+        (240, 60),
+        (-240, -60),
+        (119, -61),
+    ):
         assert np.isclose(turn_to("brown stick", hand + off, hand), turn, atol=1e-3)
 
 
@@ -80,25 +100,39 @@ def test_without_that_turn_the_oracle_fails(env, start, monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(env, monkeypatch, rate):
+def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(
+    env, monkeypatch, rate
+):
     moves, step = [], env.step
     monkeypatch.setattr(env, "step", lambda action: (moves.append(action), step(action))[1])
     labels = sft.collect([env], "bare", [200_000, 200_001], 0.25, rate, 0)
-    labels = np.concatenate([e["action"][: len(e["action"]) - e["success"]] for e in labels])  # no step after the last frame
+    labels = np.concatenate(
+        [e["action"][: len(e["action"]) - e["success"]] for e in labels]
+    )  # no step after the last frame
     moved = (labels != np.array(moves)).any(1).mean()
     assert moved == rate if rate in (0, 1) else 0.1 < moved < 0.6
     assert (np.abs(labels[:, :3]) <= sft.STEP + 1e-6).all()
 
 
 @pytest.mark.parametrize(("backbone", "rate"), [("openvla-tiny", 1 / 2), ("pi05-tiny", 1 / 8)])
-def test_a_policy_that_acts_in_chunks_sees_fewer_disturbances(monkeypatch, tmp_path, backbone, rate):
+def test_a_policy_that_acts_in_chunks_sees_fewer_disturbances(
+    monkeypatch, tmp_path, backbone, rate
+):
     asked = {}
     monkeypatch.setattr(envs, "make_envs", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(sft, "collect_parallel", lambda _, split, ids, *how: asked.setdefault((split, ids[0]), how) and [])
+    monkeypatch.setattr(
+        sft,
+        "collect_parallel",
+        lambda _, split, ids, *how: asked.setdefault((split, ids[0]), how) and [],
+    )
     monkeypatch.delattr(sft, "flatten")  # it ends there
     with pytest.raises(NameError):
         sft.main(sft.Args(backbone=backbone, out=str(tmp_path / "out")))
-    assert asked.pop(("busy", 0)) == (0.5, 0.5, 0) and set(asked.values()) == {(0.25, rate, 0)} and len(asked) == 3
+    assert (
+        asked.pop(("busy", 0)) == (0.5, 0.5, 0)
+        and set(asked.values()) == {(0.25, rate, 0)}
+        and len(asked) == 3
+    )
 
 
 def test_chunks_are_the_actions_that_follow(episodes, frames):
@@ -120,8 +154,12 @@ def test_grounding_answers_are_the_places_asked_for(frames):
         ids = frames["object_ids"][i].tolist()
         xyz = frames["object_xyz"][i, ids.index(NAMES.index(name))]
         places = torch.cat([xyz[:2], frames["where"][i, 0, :2], frames["where"][i, 1]])
-        scale = torch.tensor([*sft.GROUND_SCALE[:2], *sft.GROUND_SCALE[:2], *sft.GROUND_SCALE]).float()
-        center = torch.tensor([*sft.GROUND_CENTER[:2], *sft.GROUND_CENTER[:2], *sft.GROUND_CENTER]).float()
+        scale = torch.tensor(
+            [*sft.GROUND_SCALE[:2], *sft.GROUND_SCALE[:2], *sft.GROUND_SCALE]
+        ).float()
+        center = torch.tensor(
+            [*sft.GROUND_CENTER[:2], *sft.GROUND_CENTER[:2], *sft.GROUND_CENTER]
+        ).float()
         torch.testing.assert_close(answers[i, 0] * scale + center, places)
 
 
@@ -132,9 +170,17 @@ def test_token_loss_is_least_for_the_right_tokens(frames):
 
     def answer(right):  # a policy that is sure of the tokens it is given
         fake = copy.copy(policy)
-        logits = torch.full((4, 7, 256), -20.0).scatter(-1, (right - policy.action_begin)[..., None], 20.0)
+        logits = torch.full((4, 7, 256), -20.0).scatter(
+            -1, (right - policy.action_begin)[..., None], 20.0
+        )
         fake.action_logits = lambda *_: logits
-        return fake.sft_loss(batch, ["put red cube on plate"] * 4, fake.to_unit(batch["chunk"]), sigma=0.1, jitter=0.0)
+        return fake.sft_loss(
+            batch,
+            ["put red cube on plate"] * 4,
+            fake.to_unit(batch["chunk"]),
+            sigma=0.1,
+            jitter=0.0,
+        )
 
     assert answer(tokens) < 0.01
     assert answer((tokens + 9).clamp(max=policy.action_end - 1)) > 10
@@ -147,7 +193,9 @@ def test_a_few_steps_learn_the_frames_by_heart(frames, policy):
     losses = []
 
     def loss():
-        losses.append(policy.sft_loss(batch, tasks, policy.to_unit(batch["chunk"]), sigma=1.0, jitter=0.0))
+        losses.append(
+            policy.sft_loss(batch, tasks, policy.to_unit(batch["chunk"]), sigma=1.0, jitter=0.0)
+        )
         return dict(cloning=losses[-1])
 
     sft.train(policy, 40, sft.Args(), "test", loss)
@@ -157,7 +205,9 @@ def test_a_few_steps_learn_the_frames_by_heart(frames, policy):
 def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
     batch = {k: v[:4] for k, v in frames.items()}
     table = policy.word_embeddings()
-    words = torch.stack([table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in NAMES])
+    words = torch.stack(
+        [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in NAMES]
+    )
     classes = batch["classes"].view(4, 6, 4, 6, 4).permute(0, 1, 3, 2, 4).reshape(4, 36, 16).long()
     right = torch.zeros(4, 36, 128)
     for b in range(4):

@@ -27,7 +27,10 @@ def trace(backbone, double=True):
     if double:
         policy = policy.double()
         torch.set_default_dtype(torch.float64)  # of the noise
-    args = ppo_pair.Args(**ppo_pair.TABLE_3[backbone] | dict(num_envs=4, batch_size=10**6, update_epochs=1, target_kl=0.0))
+    args = ppo_pair.Args(
+        **ppo_pair.TABLE_3[backbone]
+        | dict(num_envs=4, batch_size=10**6, update_epochs=1, target_kl=0.0)
+    )
     args.num_steps = Toy.max_episode_steps
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if all(p is not q for q in head)]
@@ -36,7 +39,9 @@ def trace(backbone, double=True):
     backgrounds = torch.full((1, policy.image_size, policy.image_size, 3), 90, dtype=torch.uint8)
     for step in range(20):
         ppo_pair.seed_all(1, step)
-        batch, _ = ppo_pair.rollout(args, policy, toy, iter(range(4 * step, 4 * step + 4)), torch.device("cpu"))
+        batch, _ = ppo_pair.rollout(
+            args, policy, toy, iter(range(4 * step, 4 * step + 4)), torch.device("cpu")
+        )
         stats = ppo_pair.update(args, policy, optimizer, batch, backgrounds)
         rows.append([stats[name] for name in NAMES])
     torch.set_default_dtype(torch.float32)

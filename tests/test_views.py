@@ -36,7 +36,10 @@ def test_equation_5_pixel_by_pixel():
 def test_every_background_is_drawn_equally_often():
     tables = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 1, 1, 3)
     n = 16000
-    rgb, mask = torch.full((n, 1, 1, 3), 99, dtype=torch.uint8), torch.zeros(n, 1, 1, dtype=torch.bool)
+    rgb, mask = (
+        torch.full((n, 1, 1, 3), 99, dtype=torch.uint8),
+        torch.zeros(n, 1, 1, dtype=torch.bool),
+    )
     drawn = views.task_preserving(rgb, mask, tables)
     counts = torch.bincount(drawn[:, 0, 0, 0].long(), minlength=16)
     assert len(counts) == 16 and (counts - 1000).abs().max() < 150  # 5 sigma
@@ -68,10 +71,14 @@ def test_mask_is_robot_target_and_plate(env, start, split, held):
     target = env.instruction.removeprefix("put ").removesuffix(" on plate")
     kept = set()
     for i in np.unique(ids):
-        wanted = "panda" in names[i] or names[i].endswith(("plate", target))  # a name may have a scene number in front
+        wanted = "panda" in names[i] or names[i].endswith(
+            ("plate", target)
+        )  # a name may have a scene number in front
         assert (mask[ids == i] == wanted).all(), names[i]
         kept |= {names[i]} if wanted else set()
-    assert any(name.endswith(target) for name in kept) and any(name.endswith("plate") for name in kept)
+    assert any(name.endswith(target) for name in kept) and any(
+        name.endswith("plate") for name in kept
+    )
     # And without the ids: hiding these bodies changes nothing outside the mask, and nearly everything inside it.
     with views.hidden([*env.links, env.target_entity, env.plate_entity]):
         without = env.picture()[0].copy()
@@ -91,7 +98,9 @@ def test_backgrounds_show_nothing_but_the_table(env, start):
     before = env.picture()[0].copy()
     assert np.array_equal(views.render_backgrounds([env], list(range(16))), first)
     assert np.array_equal(env.picture()[0], before)
-    start(env, 5, "lighting", exact=False)  # a held-out light and camera must not leak into the training backgrounds
+    start(
+        env, 5, "lighting", exact=False
+    )  # a held-out light and camera must not leak into the training backgrounds
     assert np.array_equal(views.render_backgrounds([env], [2, 7]), first[[2, 7]])
     start(env, 5, "camera+20", exact=False)
     assert np.array_equal(views.render_backgrounds([env], [2, 7]), first[[2, 7]])
@@ -121,7 +130,9 @@ def test_physics_does_not_notice_a_view(scene, start, full_state, pack):
     env = scene(pack)
 
     def rollout(*looks):
-        start(env, 0, "camera+-15:15")  # with the cameras that other_camera needs, and a distractor to hide
+        start(
+            env, 0, "camera+-15:15"
+        )  # with the cameras that other_camera needs, and a distractor to hide
         states, frames, held = [], [], []
         for step in range(80):
             frames.append(env.picture()[0].copy())
@@ -175,16 +186,25 @@ def test_the_perturbation_is_as_stated(monkeypatch):
 
     monkeypatch.setattr(views, "drawn_at", record)
     tilted = sapien.Pose([-0.1, 0.05, 0.9], [np.cos(0.2), np.sin(0.2), 0, 0])
-    fake = SimpleNamespace(target_entity=SimpleNamespace(pose=tilted), picture=lambda: (np.zeros((2, 2, 3), np.uint8), None))
+    fake = SimpleNamespace(
+        target_entity=SimpleNamespace(pose=tilted),
+        picture=lambda: (np.zeros((2, 2, 3), np.uint8), None),
+    )
     rng = np.random.default_rng(0)
     for _ in range(8000):
         views.task_altering(fake, rng)
     moves = np.array([pose.p for pose in poses]) - tilted.p
-    assert np.allclose(moves[:, :2].std(0), 0.05, atol=0.0015) and np.allclose(moves[:, :2].mean(0), 0, atol=0.002)
+    assert np.allclose(moves[:, :2].std(0), 0.05, atol=0.0015) and np.allclose(
+        moves[:, :2].mean(0), 0, atol=0.002
+    )
     assert np.abs(np.corrcoef(moves[:, :2].T)[0, 1]) < 0.04 and np.abs(moves[:, 2]).max() < 1e-6
-    turns = np.array([(sapien.Pose(q=pose.q) * sapien.Pose(q=tilted.q).inv()).q for pose in poses])  # w, x, y, z
+    turns = np.array(
+        [(sapien.Pose(q=pose.q) * sapien.Pose(q=tilted.q).inv()).q for pose in poses]
+    )  # w, x, y, z
     assert np.abs(turns[:, 1:3]).max() < 1e-5  # about the vertical
-    values, counts = np.unique(np.round(np.rad2deg(2 * np.arctan2(turns[:, 3], turns[:, 0]))), return_counts=True)
+    values, counts = np.unique(
+        np.round(np.rad2deg(2 * np.arctan2(turns[:, 3], turns[:, 0]))), return_counts=True
+    )
     assert values.tolist() == [0, 45, 90, 135] and np.abs(counts - 2000).max() < 200
 
 
@@ -197,18 +217,26 @@ def test_composite_and_rerender_agree(scene, start, pack, held):
     if held:
         grasp(env, start, 4)
     else:
-        start(env, 11, "clutter-8", exact=False)  # a distractor stands in front of the target or the plate
+        start(
+            env, 11, "clutter-8", exact=False
+        )  # a distractor stands in front of the target or the plate
     rgb, ids = (x.copy() for x in env.picture())
     mask = env.foreground(ids)
     table = int(np.random.default_rng(3).integers(16))
     rerender = views.rerendered(env, np.random.default_rng(3)).copy()
-    assert np.array_equal(env.picture()[0], rgb) and env.table_now == env.episode.table != table  # all is as before
+    assert (
+        np.array_equal(env.picture()[0], rgb) and env.table_now == env.episode.table != table
+    )  # all is as before
     background = torch.from_numpy(views.render_backgrounds([env], [table]))
-    composite = views.task_preserving(torch.from_numpy(rgb)[None], torch.from_numpy(mask)[None], background)[0].numpy()
+    composite = views.task_preserving(
+        torch.from_numpy(rgb)[None], torch.from_numpy(mask)[None], background
+    )[0].numpy()
     assert np.array_equal(composite[mask], rerender[mask])
     differ = (composite != rerender).any(-1)
     with views.hidden(env.objects[i]._objs[0] for i in env.episode.distractors):
-        behind = env.foreground(env.picture()[1]) & ~mask  # foreground that a distractor stood in front of
+        behind = (
+            env.foreground(env.picture()[1]) & ~mask
+        )  # foreground that a distractor stood in front of
     assert np.array_equal(differ, behind & differ) and differ.sum() <= behind.sum()
     assert held or behind.any()  # else this would have compared nothing
 
@@ -251,10 +279,14 @@ def test_vectorised_views():
         assert all(torch.equal(swapped[k].flip(0), first[k]) for k in first)
         assert all(torch.equal(vec.step(action)[0][k].flip(0), later[k]) for k in ("rgb",))
         other = vec.reset([3, 4], exact=True, alter_seed=6)
-        assert torch.equal(other["rgb"], first["rgb"]) and not torch.equal(other["rgb_alt"], first["rgb_alt"])
+        assert torch.equal(other["rgb"], first["rgb"]) and not torch.equal(
+            other["rgb_alt"], first["rgb_alt"]
+        )
         assert tables.shape == (16, 48, 48, 3) and tables.dtype == torch.uint8
         e = envs.sample_episode(3, "train", envs.PACKS["builtin"])
         edge = torch.zeros(48, 48, dtype=torch.bool)
         edge[-3:] = True  # the near edge of the table, where nothing stands
-        agree = [(tables[k][edge] == first["rgb"][0][edge]).float().mean().item() for k in range(16)]
+        agree = [
+            (tables[k][edge] == first["rgb"][0][edge]).float().mean().item() for k in range(16)
+        ]
         assert int(np.argmax(agree)) == e.table and max(agree) > 0.9

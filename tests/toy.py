@@ -31,7 +31,9 @@ class Toy:
 
     def look(self):
         seeds = [2 * i + self.elapsed for i in self.episode_ids]
-        self.right = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(s)) < 0.5 for s in seeds])
+        self.right = torch.stack(
+            [torch.rand((), generator=torch.Generator().manual_seed(s)) < 0.5 for s in seeds]
+        )
         half = self.size // 2
         rgb = torch.full((self.num_envs, self.size, self.size, 3), 40, dtype=torch.uint8)
         rgb[self.right, :, half:] = 220
@@ -43,7 +45,11 @@ class Toy:
         return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2), state=torch.zeros(self.num_envs, 8))
 
     def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
-        self.episode_ids, self.elapsed, self.correct = list(episode_ids), 0, torch.zeros(self.num_envs)
+        self.episode_ids, self.elapsed, self.correct = (
+            list(episode_ids),
+            0,
+            torch.zeros(self.num_envs),
+        )
         self.ids += self.episode_ids
         return self.look()
 
@@ -54,10 +60,20 @@ class Toy:
         self.elapsed += 1
         success = self.correct == self.max_episode_steps
         info = dict(success=success, success_once=success, episode_return=self.correct)
-        return self.look(), hit, torch.full((self.num_envs,), self.elapsed == self.max_episode_steps), info
+        return (
+            self.look(),
+            hit,
+            torch.full((self.num_envs,), self.elapsed == self.max_episode_steps),
+            info,
+        )
 
     def map(self, function, *args):  # views.backgrounds asks for pictures of the 16 tables
-        return [torch.arange(16, dtype=torch.uint8).mul(10)[:, None, None, None].expand(16, self.size, self.size, 3).numpy()]
+        return [
+            torch.arange(16, dtype=torch.uint8)
+            .mul(10)[:, None, None, None]
+            .expand(16, self.size, self.size, 3)
+            .numpy()
+        ]
 
     def __enter__(self):
         return self
@@ -72,11 +88,15 @@ def toy_policy(backbone="openvla-tiny"):
         config["image_sizes"] = [16, 16]
         config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                       num_key_value_heads=2)  # fmt: skip
-        config["_tiny_timm_kwargs"][0] |= dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16])
+        config["_tiny_timm_kwargs"][0] |= dict(
+            embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16]
+        )
         config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
         policy = policies.OpenVLA(config)
     else:
-        config = policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
+        config = (
+            policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
+        )
         config |= dict(image_size=16, patch=8, stem=[16, 16], vis_width=32, vis_depth=1, vis_mlp=64, depth=1, head_dim=16,
                        vlm_width=32, vlm_mlp=64, exp_width=32, exp_mlp=64)  # fmt: skip
         policy = policies.Pi0(config)
@@ -93,7 +113,16 @@ def in_float64(x, original=torch.Tensor.float):
     return original(x) if x.dtype == torch.int64 else x.double()
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):
+def make_envs(
+    num_envs,
+    assets="builtin",
+    *,
+    image_size=None,
+    num_workers=None,
+    alter=None,
+    preserve=None,
+    sim="cpu",
+):
     return Toy(num_envs, image_size, seconds=float(os.environ.get("TOY_SECONDS", 0)))
 
 
