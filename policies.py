@@ -188,8 +188,10 @@ class TokenPolicy(OpenVLANetwork):
         check_columns(where, "action", names, (self.q01, self.q99))
         # False: the gripper, which stays as decoded. OpenVLA's own code takes no mask for all True
         mask = stats["action"].get("mask") or [True] * 7
-        if len(self.q01) != 7 or not isinstance(mask, list) or len(mask) != 7:
+        if len(self.q01) != 7:
             raise Fault(f"{where}: {len(self.q01)} dimensions of action, not 7: another robot's?")
+        if not isinstance(mask, list) or len(mask) != 7 or set(mask) - {True, False}:
+            raise Fault(f"{where}: mask of action is {mask!r}, not 7 times true or false")
         self.is_scaled = torch.tensor(mask, dtype=torch.bool)
         self.bin_edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
         self.bin_centers = (self.bin_edges[1:] + self.bin_edges[:-1]) / 2  # one fewer than tokens
@@ -508,7 +510,8 @@ RANGES = {  # of the flags that are numbers; None is always allowed
 def target_names(lora_targets):
     """Layers by name from several words or comma lists; None and all-linear: None, the network's
     own list."""
-    names = [name for word in lora_targets or () for name in word.split(",") if name]
+    names = [name.strip() for word in lora_targets or () for name in word.split(",")]
+    names = [name for name in names if name]
     return None if names == ["all-linear"] else names or None
 
 

@@ -54,7 +54,11 @@ def read_norm_stats(config, config_file, directory, adapter):
 def columns(stats, where, part, names):
     """stats[part][name] of each name -> float64 tensors. where: file and data set."""
     if not isinstance(stats, dict) or not isinstance(stats.get(part), dict):
-        has = f"has {', '.join(map(repr, stats))}" if isinstance(stats, dict) else "is no object"
+        has = (
+            "has " + (", ".join(map(repr, stats)) or "nothing")
+            if isinstance(stats, dict)
+            else "is no object"
+        )
         raise Fault(f"{where} {has} and no {part!r} with {' and '.join(names)} in it")
     found = []
     for name in names:
