@@ -19,6 +19,7 @@ policies.py. What every long run needs and no paper describes is in runtime.py.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,19 +391,20 @@ def main(args: Args):
     groups = [dict(params=actor, lr=args.learning_rate)]
     groups += [dict(params=head, lr=args.value_learning_rate)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
-    target = None if args.inv_target_rate is None else policies.frozen_copy(policy)
+    target = policies.SlowCopy(policy, args.inv_target_rate)
     # success, unrelated_kl: of every iteration; best: highest mean of 8 successes, its iteration
     trainer = dict(iteration=0, success=[], unrelated_kl=[], best=(-1.0, 0), sight=None)
     if resumed:
         trainer = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(trainer["optimizer"])
-        policies.load_copy(target, trainer["target"])
+        target.load(trainer["target"])
+        print(f"going on from {resumed}", file=sys.stderr)
     order = torch.Generator()  # of the samples: the same on all ranks
 
     def save() -> Path:
         best = (float(np.mean(trainer["success"][-8:])), trainer["iteration"])
         trainer["best"] = max(tuple(trainer["best"]), best)
-        trainer.update(optimizer=optimizer.state_dict(), target=policies.copied(target))
+        trainer.update(optimizer=optimizer.state_dict(), target=target.state())
         return runtime.save_checkpoint(run_dir, policy, args, trainer)
 
     # ---------------------------------------------------------------- environments
@@ -449,7 +451,7 @@ def main(args: Args):
             if losses is None:
                 runtime.restore(policy, optimizer, before)
                 break
-            policies.follow(target, policy, args.inv_target_rate)
+            target.follow()
 
             runtime.check_weights(policy)
             stats |= losses | dict(unrelated_kl=sight.unrelated_kl(policy))
