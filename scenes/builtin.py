@@ -1,6 +1,7 @@
 """Asset pack `builtin`: a Panda, 25 objects and 21 tables made of primitives and arithmetic. Nothing to download.
 
-What envs.py asks of a pack: the robot, its camera and rates, and how objects, plate and tables are made.
+`BuiltinPack` has what a pack declares: robot, camera, rates, counts, lights, how objects, plate and tables are made, and a
+scripted oracle.
 """
 
 import colorsys
@@ -24,7 +25,7 @@ from mani_skill.utils.structs import Pose
 from sapien.render import RenderMaterial, RenderTexture2D
 from transforms3d.euler import euler2quat
 
-from rl4vla import TABLE_Z
+from scenes.task import TABLE_Z, Light, held_out_lights
 
 COLORS = dict(
     red=(0.85, 0.1, 0.1), green=(0.1, 0.65, 0.15), blue=(0.12, 0.25, 0.85), yellow=(0.95, 0.85, 0.1),
@@ -32,9 +33,13 @@ COLORS = dict(
     brown=(0.45, 0.25, 0.1), white=(0.93, 0.93, 0.93), black=(0.08, 0.08, 0.08), gray=(0.5, 0.5, 0.5),
     lime=(0.6, 0.9, 0.2), navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
 )  # fmt: skip
-UPRIGHT = euler2quat(
-    0, -np.pi / 2, 0
-)  # SAPIEN's cylinders and capsules lie along x; this stands them up
+UPRIGHT = euler2quat(0, -np.pi / 2, 0)  # SAPIEN's cylinders and capsules lie along x
+LIGHTS = (  # ambient, key, brightness of the fills
+    ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),  # dim
+    ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),  # bright
+    ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
+    ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
+)
 
 
 def _box(color, x, y, z, at=(0, 0, 0)):
@@ -54,14 +59,8 @@ def _rod(color, radius, length, at=(0, 0, 0)):
 
 
 def _pill(color, radius, length, at=(0, 0, 0)):
-    return (
-        "capsule",
-        color,
-        (radius, length / 2),
-        at,
-        (1, 0, 0, 0),
-        (length / 2 + radius, radius, radius),
-    )
+    half = length / 2
+    return "capsule", color, (radius, half), at, (1, 0, 0, 0), (half + radius, radius, radius)
 
 
 # name, symmetry, parts. Symmetry is how the fingers may close on it: "round" from any side, "square" along x or y,
@@ -105,11 +104,8 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size] / size
     hue, freq = (index * 0.381966) % 1.0, rng.integers(10, 20)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.9)))
-    second = np.array(
-        colorsys.hsv_to_rgb(
-            (hue + rng.uniform(0.08, 0.38)) % 1, rng.uniform(0.2, 0.7), rng.uniform(0.35, 0.85)
-        )
-    )
+    hue = (hue + rng.uniform(0.08, 0.38)) % 1
+    second = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.2, 0.7), rng.uniform(0.35, 0.85)))
     pattern = index % 7
     if pattern == 0:  # wood grain
         t = 0.5 + 0.5 * np.sin(2 * np.pi * freq * (x + 0.03 * np.sin(6 * np.pi * y)))
@@ -122,25 +118,20 @@ def table_texture(index: int, size: int = 256) -> np.ndarray:
     elif pattern == 4:  # marble
         waves = []
         for o in range(4):
-            phase = 2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12)) + rng.uniform(
-                0, 6
-            )
-            waves.append(np.abs(np.sin(phase)) / 2**o)
+            phase = 2**o * np.pi * (x * rng.uniform(4, 12) + y * rng.uniform(4, 12))
+            waves.append(np.abs(np.sin(phase + rng.uniform(0, 6))) / 2**o)
         t = sum(waves) / np.max(sum(waves))
     elif pattern == 5:  # dots
         t = ((x * freq) % 1 - 0.5) ** 2 + ((y * freq) % 1 - 0.5) ** 2 < 0.08
     else:  # speckle
         t = np.clip(0.5 + 0.25 * rng.standard_normal((size, size)), 0, 1)
     t = np.asarray(t, float)[..., None]
-    return np.uint8(
-        255
-        * np.clip(first * (1 - t) + second * t + 0.02 * rng.standard_normal((size, size, 1)), 0, 1)
-    )
+    noise = 0.02 * rng.standard_normal((size, size, 1))
+    return np.uint8(255 * np.clip(first * (1 - t) + second * t + noise, 0, 1))
 
 
-URDF_FOLDER = tempfile.TemporaryDirectory(
-    prefix="pair_vla_"
-)  # one per process: a worker must not read half a file
+# One folder per process: a worker must not read half a file
+URDF_FOLDER = tempfile.TemporaryDirectory(prefix="pair_vla_")
 
 
 def light_panda_urdf() -> str:
@@ -152,12 +143,7 @@ def light_panda_urdf() -> str:
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
     tree = ElementTree.parse(source)
     for link in tree.getroot().findall("link"):
-        dark = link.get("name") in (
-            "panda_link7",
-            "panda_hand",
-            "panda_leftfinger",
-            "panda_rightfinger",
-        )
+        dark = link.get("name").endswith(("link7", "hand", "leftfinger", "rightfinger"))
         for shape in (*link.findall("visual"), *link.findall("collision")):
             mesh = shape.find("geometry/mesh")
             if mesh is None:
@@ -167,12 +153,9 @@ def light_panda_urdf() -> str:
                 name = name.replace("/visual/", "/collision/").replace(".glb", ".stl")
                 for old in shape.findall("material"):
                     shape.remove(old)
-                material = ElementTree.SubElement(
-                    shape, "material", name="dark" if dark else "light"
-                )
-                ElementTree.SubElement(
-                    material, "color", rgba=".25 .25 .27 1" if dark else ".9 .9 .88 1"
-                )
+                look, rgba = ("dark", ".25 .25 .27 1") if dark else ("light", ".9 .9 .88 1")
+                material = ElementTree.SubElement(shape, "material", name=look)
+                ElementTree.SubElement(material, "color", rgba=rgba)
             mesh.set("filename", str(source.parent / name))
     tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
     shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
@@ -189,20 +172,23 @@ class BuiltinPack:
     base_pose = sapien.Pose([0.30, 0.028, 0.870], [0, 0, 0, 1])
     init_qpos = np.array([0.0408, -0.2736, 0.0411, -2.8293, 0.0237, 2.523, 0.8458, 0.04, 0.04])
     camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
+    camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 96
     sim_freq, control_freq = 100, 5
     max_episode_steps = 20
     grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
+    largest_move, largest_turn = 0.06, 0.8  # of the oracle in one control step: metres, radians
     names = [name for name, _, _ in OBJECTS]
+    train_objects, train_tables = 16, 16  # the first of each are for training, the others are held out
+    num_tables = 21
+    lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
     settles_again = False
     floor = [0.35, 0.36, 0.38, 1]
 
     def __init__(self):
-        self.sizes, self.offsets = (
-            [],
-            [],
-        )  # metres; offset puts the middle of the bounding box at the object's origin
+        # Metres. The offset puts the middle of the bounding box at the object's origin
+        self.sizes, self.offsets = [], []
         for _, _, parts in OBJECTS:
             low = np.min([np.subtract(at, half) for _, _, _, at, _, half in parts], 0)
             high = np.max([np.add(at, half) for _, _, _, at, _, half in parts], 0)
@@ -212,6 +198,9 @@ class BuiltinPack:
     def fault(self) -> str:
         """What is the matter with the pack's files; empty if nothing is."""
         return ""  # everything is in this file and in mani_skill's wheel
+
+    def clean_up(self):
+        URDF_FOLDER.cleanup()
 
     def lens(self, size: int) -> dict:
         return dict(fov=np.deg2rad(38))
@@ -231,9 +220,8 @@ class BuiltinPack:
     def build_object(self, i, builder, material):
         for kind, color, dims, at, rotation, _ in OBJECTS[i][2]:
             pose = sapien.Pose(np.array(at) + self.offsets[i], rotation)
-            look = RenderMaterial(
-                base_color=[*(c**2.2 for c in COLORS[color]), 1], roughness=0.6, specular=0.3
-            )
+            rgba = [*(c**2.2 for c in COLORS[color]), 1]
+            look = RenderMaterial(base_color=rgba, roughness=0.6, specular=0.3)
             args = (dims,) if kind == "box" else dims  # a box takes its half sizes as one argument
             add_collision, add_visual = {
                 "box": (builder.add_box_collision, builder.add_box_visual),
@@ -251,27 +239,82 @@ class BuiltinPack:
         ):
             pose = sapien.Pose([0, 0, z], UPRIGHT)
             builder.add_cylinder_collision(pose, radius, 0.003, material=material, density=1000)
-            builder.add_cylinder_visual(
-                pose, radius, 0.003, material=RenderMaterial(base_color=[*shade, 1], roughness=0.5)
-            )
+            look = RenderMaterial(base_color=[*shade, 1], roughness=0.5)
+            builder.add_cylinder_visual(pose, radius, 0.003, material=look)
         look = RenderMaterial(base_color=[0.55, 0.62, 0.75, 1], roughness=0.5)
-        builder.add_cylinder_visual(
-            sapien.Pose([0, 0, 0.0055], UPRIGHT), 0.038, 0.001, material=look
-        )
+        pose = sapien.Pose([0, 0, 0.0055], UPRIGHT)
+        builder.add_cylinder_visual(pose, 0.038, 0.001, material=look)
 
     @cached_property
     def table_materials(self) -> list[RenderMaterial]:
-        """21 materials, made once per process and shared by all its scenes."""
-        materials = [RenderMaterial(roughness=0.9, specular=0.05) for _ in range(21)]
+        """One per table, made once per process and shared by all its scenes."""
+        materials = [RenderMaterial(roughness=0.9, specular=0.05) for _ in range(self.num_tables)]
         for i, material in enumerate(materials):
             rgba = np.dstack([table_texture(i), np.full((256, 256), 255, np.uint8)])
-            material.base_color_texture = RenderTexture2D(
-                rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True
-            )
+            texture = RenderTexture2D(rgba, "R8G8B8A8Unorm", mipmap_levels=4, srgb=True)
+            material.base_color_texture = texture
         return materials
 
     def photos(self, size: int):
+        """Photographs of tables behind the scene: none, because the tables here are surfaces."""
         return None
+
+    def oracle(self, scene) -> np.ndarray:
+        """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry, lower, let go.
+
+        Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
+        """
+        tcp, plate = scene.tcp_entity.pose.p, scene.plate_entity.pose.p
+        target, half = scene.target_entity.pose.p, scene.target_half_z
+        move, turn, gripper = np.zeros(3), 0.0, 1.0
+        if scene.success:  # done: let go, then rise (both at once would fling the object away)
+            if not scene.grasped:
+                move[2] = TABLE_Z + 0.15 - tcp[2]
+        elif scene.grasped:
+            gripper = -1.0
+            bottom, to_plate = target[2] - half, plate[:2] - target[:2]
+            if np.linalg.norm(to_plate) > 0.03:
+                move[2] = TABLE_Z + 0.035 - bottom
+                if bottom > TABLE_Z + 0.015:
+                    move[:2] = to_plate
+            else:
+                move[:] = (*to_plate, TABLE_Z + 0.010 - bottom)
+        else:
+            # Lower, and the fingertips would press on the table
+            grasp_z = max(target[2] - 0.2 * half, TABLE_Z + 0.019)
+            hover_z = TABLE_Z + 2 * half + 0.055
+            offset, turn = target[:2] - tcp[:2], grasp_turn(scene)
+            move[:2] = offset
+            far = np.linalg.norm(offset)
+            if far > 0.02 or turn:
+                move[2] = max(hover_z - tcp[2], -0.05 if far > 0.05 else -self.largest_move)
+            elif tcp[2] - grasp_z > 0.01:
+                move[2] = grasp_z - tcp[2]
+            else:
+                move[:], turn, gripper = 0, 0, -1.0
+        move[:2] *= min(1.0, self.largest_move / max(np.linalg.norm(move[:2]), 1e-9))
+        move = self.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> robot's base
+        move = np.clip(move, -self.largest_move, self.largest_move)
+        turn = np.clip(turn, -self.largest_turn, self.largest_turn)
+        return np.array([*move, 0, 0, turn, gripper], np.float32)
+
+
+def grasp_turn(scene) -> float:
+    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
+
+    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
+    label that a policy cannot read off 96 pixels: it hovers.
+    """
+    if OBJECTS[scene.episode.target][1] != "long":
+        return 0.0
+    error = yaw_of(scene.target_entity.pose) - yaw_of(scene.tcp_entity.pose)
+    error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
+    return error if abs(error) > 0.9 else 0.0
+
+
+def yaw_of(pose: sapien.Pose) -> float:
+    x_axis = pose.to_transformation_matrix()[:2, 0]
+    return float(np.arctan2(x_axis[1], x_axis[0]))
 
 
 class EEPoseController(PDEEPoseController):
@@ -283,10 +326,9 @@ class EEPoseController(PDEEPoseController):
         return Pose.create(root.entity_pose.inv() * hand.entity_pose)
 
     def compute_target_pose(self, prev_ee_pose_at_base, action):
-        before, (x, y, z, *turn) = prev_ee_pose_at_base.sp, action[0].tolist()
-        return Pose.create(
-            sapien.Pose(before.p + [x, y, z], (sapien.Pose(q=euler2quat(*turn, "rxyz")) * before).q)
-        )
+        before, (x, y, z, *angles) = prev_ee_pose_at_base.sp, action[0].tolist()
+        turn = sapien.Pose(q=euler2quat(*angles, "rxyz"))
+        return Pose.create(sapien.Pose(before.p + [x, y, z], (turn * before).q))
 
     def set_drive_targets(self, targets):
         for joint, target in zip(self.joints, targets[0].tolist()):
@@ -315,3 +357,6 @@ class LightPanda(Panda):
             normalize_action=True, drive_mode="force", mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
         )  # fmt: skip
         return {"pd_ee_target_delta_pose": dict(arm=arm, gripper=gripper)}
+
+
+PACK = BuiltinPack()
