@@ -176,7 +176,10 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 
 # ------------------------------------------------------------ Environments
-PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla"}  # --assets -> the module with its PACK
+PACKS = {
+    "builtin": "scenes.builtin",
+    "rl4vla": "scenes.rl4vla",
+}  # --assets -> the module with its PACK
 
 
 def find_pack(assets: str):
@@ -229,7 +232,16 @@ def choose_sim(sim: str) -> str:
     return "cpu"
 
 
-def make_envs(num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None, sim="cpu"):
+def make_envs(
+    num_envs,
+    assets="builtin",
+    *,
+    image_size=None,
+    num_workers=None,
+    alter=None,
+    preserve=None,
+    sim="cpu",
+):
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core) -> VecEnv; or
     with `sim` "cuda", or "auto" where that is possible, all in this process with GPU physics -> CudaVecEnv.
 

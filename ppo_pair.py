@@ -214,7 +214,8 @@ def train_split(args) -> str:
 
 # ------------------------------------------------------------------------------------------ rollout
 def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=None):
-    """Whole episodes in every environment of this rank -> batch, stats. None where a rank must stop.
+    """Whole episodes in every environment of this rank -> batch, stats; or None, None where a
+    rank was told to stop.
 
     batch, of B = T * N decisions in N environments: obs (dict of (B, ...)), instructions (B str),
     latents (dict of (B, ...)), logprobs, values, advantages, returns (B,). Advantages are
@@ -232,7 +233,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
             next_obs = {k: v.to(device) for k, v in next_obs.items()}
             if augmented is not None:
                 rgb, mask = next_obs["rgb"][augmented], next_obs["mask"][augmented]
-                next_obs["rgb"][augmented] = views.task_preserving(rgb, mask, backgrounds)
+                next_obs["rgb"][augmented] = views.composite(rgb, mask, backgrounds)
             decision = policies.act(policy, next_obs, envs.instructions, args.device_batch_size)
             obs.append(next_obs)
             instructions += envs.instructions
@@ -244,7 +245,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
             dones.append(done.to(device))
             successes.append(info["success_once"].to(device))
     if runtime.any_rank_stops(device):
-        return None
+        return None, None
     # OPEN: nothing follows the last step (RL4VLA). RLinf adds the critic's guess of what would have
     # come, which pays for states from which success is merely possible.
     rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
@@ -369,13 +370,13 @@ def update(
 # ------------------------------------------------------------------------------------------ main
 def main(args: Args):
     # ---------------------------------------------------------------- set up
-    runtime.check_ranges(args, RANGES, policies.RANGES)
+    runtime.check_ranges(args, RANGES)
     sim.parse_split(train_split(args))
     args.sim = sim.choose_sim(args.sim)
     device = runtime.own_device(args.cuda)
     if runtime.RANK == 0:  # the others wait for what it prepares
-        runtime.make_run_dir(args)
         args.checkpoint = args.checkpoint or policies.default_checkpoint(args.backbone)
+        runtime.make_run_dir(args)
     runtime.join_ranks(device)
     args = runtime.from_rank_0(args)
     run_dir, own = Path(args.run_dir), runtime.own_slots(args.num_envs)
@@ -392,14 +393,16 @@ def main(args: Args):
     groups += [dict(params=head, lr=args.value_learning_rate)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
     target = policies.SlowCopy(policy, args.inv_target_rate)
-    # success, unrelated_kl: of every iteration; best: highest mean of 8 successes, its iteration
+    order = torch.Generator()  # of the samples in an update: the same on all ranks
+
+    # ---------------------------------------------------------------- resume
+    # success and unrelated_kl: of every iteration; best: the highest mean of 8 successes, and where
     trainer = dict(iteration=0, success=[], unrelated_kl=[], best=(-1.0, 0), sight=None)
     if resumed:
         trainer = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(trainer["optimizer"])
         target.load(trainer["target"])
         print(f"going on from {resumed}", file=sys.stderr)
-    order = torch.Generator()  # of the samples: the same on all ranks
 
     def save() -> Path:
         best = (float(np.mean(trainer["success"][-8:])), trainer["iteration"])
@@ -408,28 +411,25 @@ def main(args: Args):
         return runtime.save_checkpoint(run_dir, policy, args, trainer)
 
     # ---------------------------------------------------------------- environments
-    with (
-        sim.make_envs(
-            len(own),
-            args.assets,
-            sim=args.sim,
-            image_size=policy.image_size,
-            num_workers=runtime.own_cores(),
-            views=views.rendered(args),
-        ) as envs,
-        runtime.RunLog(args, trainer["iteration"]) as log,
-        runtime.SigtermStops(),
-    ):
-        rounds = runtime.whole_episodes(args.num_steps, envs.max_episode_steps)
+    envs = sim.make_envs(
+        len(own), args.assets, sim=args.sim, num_workers=runtime.own_cores(),
+        image_size=policy.image_size, alter=views.task_altering if args.sen_coef else None,
+        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
+    )  # fmt: skip
+    with envs, runtime.RunLog(args, trainer["iteration"]) as log, runtime.sigterm_stops():
+        rounds, left_over = divmod(args.num_steps, envs.max_episode_steps)
+        if left_over:
+            raise runtime.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode "
+                                f"length, {envs.max_episode_steps}")  # fmt: skip
         composite = args.pre_view == "composite" and (args.inv_coef or args.augment)
         backgrounds = envs.backgrounds().to(device) if composite else None
-        first_frames = envs.reset(runtime.train_ids(args, 0, 1), "train", True, args.seed)
+        frames = envs.reset(runtime.train_ids(args, 1, 1), train_split(args), alter_seed=args.seed)
         runtime.check_weights(policy)
-        sight = runtime.Sight(policy, first_frames, envs.instructions, trainer)
+        sight = runtime.Sight(policy, frames, envs.instructions, trainer)
 
         # ------------------------------------------------------------ loop
         for iteration in range(trainer["iteration"] + 1, args.iterations + 1):
-            clock = [time.time()]
+            t0 = time.time()
             runtime.seed_all(args.seed, iteration, runtime.RANK)
             order.manual_seed(args.seed * 1_000_000 + iteration)
             warming = iteration <= args.critic_warmup
@@ -437,43 +437,44 @@ def main(args: Args):
             optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
             optimizer.param_groups[1]["lr"] = fraction * args.value_learning_rate
 
-            ids = iter(runtime.train_ids(args, iteration, rounds))
+            ids = runtime.train_ids(args, iteration, rounds)
             # Contacts that a simulator remembers would make a resumed run differ, by 1e-8 at first
             rebuild = (iteration - 1) % args.save_every == 0
-            rolled = rollout(args, policy, envs, ids, device, rebuild, backgrounds)
-            clock.append(time.time())
-            if rolled is None:
+            batch, stats = rollout(args, policy, envs, ids, device, rebuild, backgrounds)
+            if batch is None:
                 break
-            batch, stats = rolled
-            before = runtime.snapshot(policy, optimizer)
-            losses = update(args, policy, optimizer, batch, backgrounds, target, warming, order)
-            clock.append(time.time())
-            if losses is None:
+            t1, before = time.time(), runtime.snapshot(policy, optimizer)
+            losses = update(
+                args, policy, optimizer, batch, backgrounds, target.policy, warming, order
+            )
+            if losses is None:  # cut short: as if it had not begun
                 runtime.restore(policy, optimizer, before)
                 break
             target.follow()
-
             runtime.check_weights(policy)
-            stats |= losses | dict(unrelated_kl=sight.unrelated_kl(policy))
+
+            t2, decisions = time.time(), len(batch["logprobs"]) * args.num_envs / len(own)
+            stats |= losses | dict(unrelated_kl=sight.unrelated_kl(policy), rollout_seconds=t1 - t0)
+            stats |= dict(update_seconds=t2 - t1, decisions_per_second=decisions / (t2 - t0))
             trainer["iteration"] = iteration
-            trainer["success"].append(stats["success"])
-            trainer["unrelated_kl"].append(stats["unrelated_kl"])
-            log.write(iteration, stats, trainer, clock, warming)
+            for name in ("success", "unrelated_kl"):
+                trainer[name].append(stats[name])
+            log.write(iteration, stats, trainer["success"], warming)
             runtime.check_collapse(trainer, args.critic_warmup)
             if iteration % args.save_every == 0 or iteration == args.iterations:
                 saved = save()
-        stopped = trainer["iteration"] < args.iterations
-        if stopped and trainer["iteration"] % args.save_every:
+        done = trainer["iteration"]
+        if done < args.iterations and done % args.save_every:
             save()
 
     # ---------------------------------------------------------------- final table
-    if stopped:
-        runtime.say_how_to_go_on(run_dir, trainer["iteration"])
+    if done < args.iterations:
+        runtime.say_how_to_go_on(run_dir, done)
     elif args.eval_episodes:
-        evaluate.main(evaluate.Args(
-            checkpoint=str(saved), num_episodes=args.eval_episodes, sim=args.sim, cuda=args.cuda,
-            temperature=args.temperature_eval, num_envs=min(16, args.eval_episodes),
-        ))  # fmt: skip
+        table = evaluate.Args(checkpoint=str(saved), num_episodes=args.eval_episodes)
+        table.num_envs, table.temperature = min(16, args.eval_episodes), args.temperature_eval
+        table.sim, table.cuda = args.sim, args.cuda
+        evaluate.main(table)
     runtime.leave_ranks()
 
 

@@ -403,6 +403,13 @@ def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
     return path
 
 
+def say_how_to_go_on(run_dir: Path, iteration: int):
+    if RANK == 0:
+        then = f"go on with: python ppo_pair.py --resume {run_dir}"
+        then = then if iteration else "nothing is there to resume yet"
+        print(f"stopped by SIGTERM after iteration {iteration}; {then}")
+
+
 def snapshot(policy, optimizer):
     """What one update changes, copied to the CPU: an update that SIGTERM cuts short is undone."""
     if RANK > 0:
@@ -496,6 +503,9 @@ class Means:
         self.step = dict(zip(self.names, self.now[0] / self.now[1]))
         self.totals, self.finite, self.now = self.totals + self.now, self.now.sum(), 0.0
         return stop.item() > 0
+
+    def took_step(self, grad_norm):
+        self.grad_norms.append(grad_norm)
 
     def result(self) -> dict:
         """ratio_dev is that of the first step, before which nothing was learnt."""

@@ -16,21 +16,20 @@ ALTER_SIGMA = 0.05  # metres. OPEN: the paper's translation sigma is lost in our
 ALTER_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])  # OPEN: likewise its rotation set
 
 
-def backgrounds(envs) -> torch.Tensor:
-    """(K, H, W, 3) uint8: the training tables with every object and the robot invisible (4.3, "all objects invisible")."""
-    return envs.backgrounds()
+def task_preserving(obs: dict, backgrounds: torch.Tensor | None) -> torch.Tensor:
+    """o_pre (B, H, W, 3) uint8: as the environments have drawn it, or a composite with backgrounds."""
+    return (
+        obs["rgb_pre"] if backgrounds is None else composite(obs["rgb"], obs["mask"], backgrounds)
+    )
 
 
-def task_preserving(
-    rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor, generator=None
-) -> torch.Tensor:
-    """o_pre for a batch: rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
+def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
+    """rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
 
-    All on one device. Where a distractor stood in front of the target the composite has a bite taken out of it: that is
-    what Eq. (5) does.
+    All on one device. Where a distractor stood in front of the target the composite has a bite taken
+    out of it: that is what Eq. (5) does.
     """
-    # Drawn on the CPU: the same in parts of a batch
-    k = torch.randint(len(backgrounds), (len(rgb),), generator=generator)
+    k = torch.randint(len(backgrounds), (len(rgb),))  # on the CPU: the same for any device
     # Eq. (5)  o_pre = M * o + (1 - M) * b,   b ~ Uniform(background snapshots)
     return torch.where(mask[..., None], rgb, backgrounds[k.to(rgb.device)])
 

@@ -179,7 +179,10 @@ class BuiltinPack:
     grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
     largest_move, largest_turn = 0.06, 0.8  # of the oracle in one control step: metres, radians
     names = [name for name, _, _ in OBJECTS]
-    train_objects, train_tables = 16, 16  # the first of each are for training, the others are held out
+    train_objects, train_tables = (
+        16,
+        16,
+    )  # the first of each are for training, the others are held out
     num_tables = 21
     lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
@@ -293,7 +296,9 @@ class BuiltinPack:
             else:
                 move[:], turn, gripper = 0, 0, -1.0
         move[:2] *= min(1.0, self.largest_move / max(np.linalg.norm(move[:2]), 1e-9))
-        move = self.base_pose.inv().to_transformation_matrix()[:3, :3] @ move  # world -> robot's base
+        move = (
+            self.base_pose.inv().to_transformation_matrix()[:3, :3] @ move
+        )  # world -> robot's base
         move = np.clip(move, -self.largest_move, self.largest_move)
         turn = np.clip(turn, -self.largest_turn, self.largest_turn)
         return np.array([*move, 0, 0, turn, gripper], np.float32)

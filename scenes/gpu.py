@@ -114,7 +114,10 @@ class PutOnPlates(PutOnPlate):
         """(N, 3, 3) newtons that the two fingers and the plate exert on the target."""
         others, px = [*self.fingers, self.plate], self.scene.px
         if not self.gpu_sim_enabled:
-            target, force = self.objects[self.episode.target], self.scene.get_pairwise_contact_forces
+            target, force = (
+                self.objects[self.episode.target],
+                self.scene.get_pairwise_contact_forces,
+            )
             return torch.stack([force(target, other) for other in others], 1)
         if self.contact_query is None:  # one for all pairs of all scenes, made once an episode
             targets = [self.objects[e.target]._bodies[n] for n, e in enumerate(self.episodes)]

@@ -57,7 +57,10 @@ class Rl4vlaPack:
     settles_again = True  # where something still moves after 0.3 s
     floor = None  # what is not robot, object or plate is the photograph
     table_materials = ()
-    train_objects, train_tables = 16, 16  # the first of each are for training, the others are held out
+    train_objects, train_tables = (
+        16,
+        16,
+    )  # the first of each are for training, the others are held out
     num_tables = 21
     lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
 
@@ -158,7 +161,9 @@ class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
 
 # ------------------------------------------------------------------------------------------------------ files
 HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
-FILES = Path(__file__).parent / "rl4vla_files.txt"  # what the pack reads: "bytes path" in every line
+FILES = (
+    Path(__file__).parent / "rl4vla_files.txt"
+)  # what the pack reads: "bytes path" in every line
 
 
 def asset_folders() -> dict[str, Path]:

@@ -62,7 +62,9 @@ def serve(conn_fd: int, memory_fd: int):
     try:
         setup = conn.recv()
         make, assets, image_size = find(setup["make"]), setup["assets"], setup["image_size"]
-        from scenes.task import render_backend  # the simulator, which the main process need not import
+        from scenes.task import (
+            render_backend,
+        )  # the simulator, which the main process need not import
 
         if render_backend() == "sapien_cpu":
             # Mesa draws in a thread of its own, which may be slow to wake on another core
@@ -114,7 +116,9 @@ def serve(conn_fd: int, memory_fd: int):
     except Exception:
         conn.send(("error", traceback.format_exc()))
     finally:
-        for scene in scenes[:1]:  # here, because a busy machine's worker is killed before Python would
+        for scene in scenes[
+            :1
+        ]:  # here, because a busy machine's worker is killed before Python would
             scene.pack.clean_up()
 
 
@@ -199,7 +203,9 @@ class VecEnv:
         code = process.wait()
         self.close()
         killed = code < 0
-        how = f"was killed by {signal.Signals(-code).name}" if killed else f"exited with code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if killed else f"exited with code {code}"
+        )
         hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
         raise Fault(
             f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost"

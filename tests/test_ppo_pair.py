@@ -221,7 +221,7 @@ def test_the_pair_losses_are_the_plain_formula(sen_grad, backbone, float64):
         (o_alt.dist if sen_grad != "o" else o_alt.dist.detach()),
     )
     inv_kl, sen_kl = plain.kl(o.dist, o_pre.dist), plain.kl(here, there)
-    args.sen_clip = sen_kl.median().item()
+    args.sen_clip = sen_kl.sort().values[31:33].mean().item()
 
     def evaluate_actions(*inputs, original=ours.evaluate_actions):
         passes.append(torch.is_grad_enabled())
@@ -265,7 +265,7 @@ def test_the_target_of_eq_2_may_be_another_policy(float64):
     )
     ppo_pair.update(args, policy, sgd(policy, 0.1), batch, gray(1), target=slow.policy)
     assert seen and all(torch.equal(v, start[k]) for k, v in slow.policy.state_dict().items())
-    slow.follow(policy)
+    slow.follow()
     for k, v in slow.policy.state_dict().items():
         torch.testing.assert_close(v, 0.75 * start[k] + 0.25 * policy.state_dict()[k])
 
@@ -291,7 +291,7 @@ def test_log_probs_that_disagree_stop_the_run():
 def test_the_critic_warm_up_moves_the_value_head_alone():
     args, policy = toy_args(batch_size=32), toy_policy_with_seed()
     batch, before = toy_rollout(args, policy), copy.deepcopy(policy.state_dict())
-    ppo_pair.update(args, policy, sgd(policy, 0.1), batch, value_only=True)
+    ppo_pair.update(args, policy, sgd(policy, 0.1), batch, warming=True)
     moved = {
         name.split(".")[0]
         for name, p in policy.state_dict().items()
@@ -362,8 +362,8 @@ def test_it_does_not_learn_where_the_mask_hides_the_image(monkeypatch):
         mask[:, :, range(mask.shape[2]), range(mask.shape[2])] = True  # a row may not be empty
         return mask, positions
 
-    layout = policies.OpenVLA._layout
-    monkeypatch.setattr(policies.OpenVLA, "_layout", no_patches)
+    layout = policies.TokenPolicy.attention_layout
+    monkeypatch.setattr(policies.TokenPolicy, "attention_layout", no_patches)
     assert learn_toy(25) < 0.4
 
 
@@ -376,7 +376,7 @@ def likelihood(policy, rgb, instructions, latent):
         return torch.distributions.Categorical(logits=logits).log_prob(
             tokens - policy.action_begin
         ).sum(1), value
-    prefix, state = policy._observe(dict(rgb=rgb), instructions)
+    prefix, state = policy.observe(dict(rgb=rgb), instructions)
     dist, value = policy.distribution(prefix, state, latent)
     executed = latent["x"][:, 1, : policy.chunk, :7]  # of x_{k+1}
     return torch.distributions.Normal(dist[:, 0, 0], dist[:, 1, 0]).log_prob(executed).sum(
