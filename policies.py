@@ -37,7 +37,7 @@ from backbones.files import (
     save_config,
 )
 from backbones.lora import load_adapter
-from backbones.openvla import KVCache, OpenVLANetwork
+from backbones.openvla import OPENVLA_TINY, KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
 from backbones.tokenizers import WordTokenizer
 from runtime import Fault, command_line, read_json, verify
@@ -264,14 +264,19 @@ class TokenPolicy(OpenVLANetwork):
         """(B, 7) env units -> (B, 7) ids: the labels of behaviour cloning."""
         return self.bin_tokens(self.to_unit(actions))
 
-    def sft_loss(self, obs, instructions, unit, prompt=None, sigma=2.0, jitter=4.0):
+    def sft_loss(self, obs, instructions, unit, prompt=None, sigma=None, jitter=None):
         """Behaviour cloning of unit (B, 1, 7) -> scalar: cross-entropy, the target smoothed over
-        `sigma` bins.
+        `sigma` bins, a number or one for each of the 7 dimensions (0: not at all).
 
         The model reads its own earlier tokens; in the data they are always the oracle's. `jitter`
         moves the ones it reads by a few bins, and one in ten anywhere, so that a sampled token
-        later finds an embedding that has been trained.
+        later finds an embedding that has been trained. Both default to the config's; with another
+        prompt the answer is no action, so that its dimensions have one sigma.
         """
+        own = self.config.get("_cloning", OPENVLA_TINY["_cloning"])
+        jitter = own["jitter"] if jitter is None else jitter
+        sigma = own["answer_sigma" if prompt else "sigma"] if sigma is None else sigma
+        sigma = torch.as_tensor(sigma, device=self.device).clamp(min=1e-3)[..., None]
         tokens = self.bin_tokens(unit[:, 0])
         first, last = self.action_begin, self.action_end - 1
         moved = tokens + (torch.randn(tokens.shape, device=self.device) * jitter).round().long()
@@ -486,9 +491,11 @@ class FlowPolicy(Pi0Network):
 class_of = {
     "openvla": TokenPolicy,
     "openvla-tiny": TokenPolicy,
+    "openvla-flat": TokenPolicy,
     "pi0": FlowPolicy,
     "pi05": FlowPolicy,
     "pi05-tiny": FlowPolicy,
+    "pi05-flat": FlowPolicy,
 }
 BACKBONES = tuple(class_of)
 DEFAULT_CHECKPOINT = {  # "name@revision" pins it

@@ -8,6 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime import Fault
 
+# What a step of our environments may be: metres, radians, gripper. The small presets scale by it.
+STEP_BOUNDS = {
+    "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0],
+    "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
+}
+
 
 def forward_layer(layer, x, recompute, **kwargs):
     """layer(x). With `recompute` its activations are not kept but computed again in the backward

@@ -18,9 +18,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from backbones.files import save_policy
-from backbones.layers import forward_layer, grey_levels, grid_waves, keep_variance, patch_embedding
+from backbones.layers import (
+    STEP_BOUNDS,
+    forward_layer,
+    grey_levels,
+    grid_waves,
+    keep_variance,
+    patch_embedding,
+)
 from backbones.lora import inject_lora
-from backbones.tokenizers import WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
+from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
 from runtime import Fault, read_json
 
 # Its last space is Llama's token 29871
@@ -58,11 +65,7 @@ OPENVLA_TINY = {
         "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, in the 7B's order
         "initializer_range": 0.05,
     },
-    "norm_stats": {"builtin": {"action": {  # the env's step bounds: metres, radians, gripper
-        "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0],
-        "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
-        "mask": [True, True, True, True, True, True, False],
-    }}},
+    "norm_stats": {"builtin": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
     # Everything below is not an official field. A patch embedding does not learn to see in minutes;
     # a conv stem does.
     "_tiny_timm_kwargs": [
@@ -72,6 +75,22 @@ OPENVLA_TINY = {
     ],
     "_word_vocab": WORD_VOCAB,
     "_prompt": WORD_PROMPT,
+    "_cloning": {"sigma": [2.0] * 7, "answer_sigma": 3.0, "jitter": 4.0},  # bins: see sft_loss
+}  # fmt: skip
+OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in two dimensions
+    "image_sizes": [32, 32], "n_action_bins": 32, "pad_to_multiple_of": 32,
+    "text_config": OPENVLA_TINY["text_config"] | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96,
+    },
+    "norm_stats": {"flat": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
+    "_tiny_timm_kwargs": [
+        {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 8,
+         "stem": [24, 48], "class_token": False, "reg_tokens": 0, "layer_scale": False},
+        {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 8},
+    ],
+    "_backbone": "openvla-flat",
+    "_word_vocab": FLAT_VOCAB,
+    "_cloning": {"sigma": [0.5] * 2 + [0.0] * 5, "answer_sigma": 0.7, "jitter": 1.0},
 }  # fmt: skip
 
 
@@ -163,7 +182,7 @@ class OpenVLANetwork(nn.Module):
     """Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
 
     # What load_policy and merge need to know of a network
-    small_configs = {"openvla-tiny": OPENVLA_TINY}  # backbones that start from random weights
+    small_configs = {"openvla-tiny": OPENVLA_TINY, "openvla-flat": OPENVLA_FLAT}  # start random
     settings = {}  # flags that change the config: {flag: field}
     config_needs_weights = False  # config.json says what a checkpoint is
     needs_norm_stats = True
@@ -221,7 +240,8 @@ class OpenVLANetwork(nn.Module):
         file = directory / "config.json"
         config = read_json(file)
         kind = config.get("model_type", config.get("type")) or "a model that it does not name"
-        kind = "openvla-tiny" if kind == "openvla" and "_word_vocab" in config else kind
+        if kind == "openvla" and "_word_vocab" in config:
+            kind = config.get("_backbone", "openvla-tiny")
         if kind != backbone:
             raise Fault(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}")
         fields = (

@@ -21,9 +21,16 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from backbones.files import open_tensors, save_policy
-from backbones.layers import forward_layer, grey_levels, grid_waves, keep_variance, patch_embedding
+from backbones.layers import (
+    STEP_BOUNDS,
+    forward_layer,
+    grey_levels,
+    grid_waves,
+    keep_variance,
+    patch_embedding,
+)
 from backbones.lora import inject_lora
-from backbones.tokenizers import WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
+from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
 from runtime import Fault, read_json
 
 PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
@@ -59,10 +66,16 @@ PI05_TINY = {
     "value_head_hidden": [256, 128],
     "action_dim": 7, "gripper_threshold": 0.0, "camera_aspect": 1.0,
     "prompt": WORD_PROMPT, "_word_vocab": WORD_VOCAB,
-    "norm_stats": {"builtin": {"actions": {  # the env's step bounds: metres, radians, gripper
-        "q01": [-0.06, -0.06, -0.06, -0.8, -0.8, -0.8, -1.0],
-        "q99": [0.06, 0.06, 0.06, 0.8, 0.8, 0.8, 1.0],
-    }}},
+    "norm_stats": {"builtin": {"actions": STEP_BOUNDS}},
+}  # fmt: skip
+PI05_FLAT = PI05_TINY | {  # 32 x 32 pixels
+    "image_size": 32, "patch": 8, "stem": [24, 48],
+    "vis_width": 64, "vis_depth": 1, "vis_heads": 4, "vis_mlp": 128,
+    "vocab": 32, "depth": 2, "head_dim": 16,
+    "vlm_width": 64, "vlm_mlp": 128, "exp_width": 64, "exp_mlp": 128,
+    "action_horizon": 2, "action_chunk": 2,
+    "_backbone": "pi05-flat", "_word_vocab": FLAT_VOCAB,
+    "norm_stats": {"flat": {"actions": STEP_BOUNDS}},
 }  # fmt: skip
 
 
@@ -134,7 +147,7 @@ class Pi0Network(nn.Module):
     """
 
     # What load_policy and merge need to know of a network
-    small_configs = {"pi05-tiny": PI05_TINY}  # backbones that start from random weights
+    small_configs = {"pi05-tiny": PI05_TINY, "pi05-flat": PI05_FLAT}  # start from random weights
     settings = FLOW_SETTINGS  # flags that change the config: {flag: field}
     config_needs_weights = True  # only the names of its tensors say which model a checkpoint is of
     needs_norm_stats = False  # without any, a checkpoint can be loaded, but not act
@@ -261,11 +274,11 @@ class Pi0Network(nn.Module):
             keys = {cls.rename(key) for key in open_tensors(directory, "model")}
             signs = "action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys
             kind = {(True, False): "pi0", (False, True): "pi05"}.get(signs, "neither pi0 nor pi05")
-        found = kind + "-tiny" if "_word_vocab" in file else kind
+        found = file.get("_backbone", kind + "-tiny") if "_word_vocab" in file else kind
         if found != backbone:
             raise Fault(f"{directory} is a checkpoint of {found}, not of the backbone {backbone}")
         known = PI | PI_KIND[kind]
-        ours = (*known, "norm_stats", "_word_vocab")
+        ours = (*known, "norm_stats", "_word_vocab", "_backbone")
         config = known | {key: value for key, value in file.items() if key in ours}
         config |= {"model_type": kind}
         config |= {FLOW_SETTINGS[name]: value for name, value in settings.items()}

@@ -17,6 +17,8 @@ sauce should shovel snowman spoon stick striped t take teal the to toy traffic t
 what where yellow zuchinni"""
 WORD_VOCAB = ["<pad>", "<s>", "<unk>", "<out>", *_WORDS.split()]
 WORD_PROMPT = "{instruction} <out>"
+_FLAT_WORDS = "red green blue yellow purple cube ball cross l bar put on plate where is the"
+FLAT_VOCAB = ["<pad>", "<s>", "<unk>", "<out>", *_FLAT_WORDS.split()]
 
 
 class WordTokenizer:

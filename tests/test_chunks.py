@@ -38,7 +38,7 @@ class Counting:
 class Scripted:
     def act(self, obs, instructions):
         return policies.Decision(
-            torch.zeros(2, 6, 7), torch.zeros(2, 3), torch.zeros(2), torch.rand(2)
+            torch.zeros(2, 6, 7), {"tokens": torch.zeros(2, 3)}, torch.zeros(2), torch.rand(2)
         )
 
 

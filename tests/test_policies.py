@@ -804,6 +804,68 @@ def test_save_load_roundtrip(tiny, tiny_dir, tmp_path, obs):
     assert json.loads((tmp_path / "norm_stats.json").read_text()).keys() == {"builtin"}
 
 
+@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat"])
+def test_flatland_presets(backbone, tmp_path):
+    """100 to 320 thousand parameters, statistics of their own, and a name that comes back from disk."""
+    policy = load_policy(backbone)
+    count = sum(p.numel() for key, p in policy.named_parameters() if "value_head" not in key)
+    assert 100_000 < count < 320_000 and policy.image_size == 32 and policy.unnorm_key == "flat"
+    policy.save(tmp_path)
+    again, rgb = load_policy(backbone, tmp_path), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    assert again.config == policy.config and same_weights(again, policy)
+    a, b = (p.act({"rgb": rgb}, ["put red cube on plate"] * 2, 0).actions for p in (policy, again))
+    assert torch.equal(a, b) and a.shape == (2, policy.chunk, 7)
+    with pytest.raises(Fault, match=f"is a checkpoint of {backbone}, not of the backbone"):
+        load_policy(backbone.replace("flat", "tiny"), tmp_path)
+    with pytest.raises(Fault, match="-tiny, not of the backbone"):
+        load_policy(backbone, ROOT / "warmstart" / backbone.replace("flat", "tiny"))
+
+
+def test_32_bins():
+    """Nothing takes 256 for granted: decode, log-probs, KL, entropy, actions."""
+    torch.manual_seed(0)
+    policy, bins = load_policy("openvla-flat"), 32
+    obs = {"rgb": torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)}
+    instructions = ["put red cube on plate", "put blue ball on plate", "put green l on plate"]
+    decision = policy.act(obs, instructions)
+    new = policy.evaluate_actions(obs, instructions, decision.latent)
+    assert new.dist.shape == (3, 7, bins)
+    tokens = decision.latent["tokens"]
+    assert ((tokens >= policy.action_begin) & (tokens < policy.action_end)).all()
+    expected = Categorical(logits=new.dist)
+    index = tokens - policy.action_begin
+    torch.testing.assert_close(new.logprob, expected.log_prob(index).sum(1))
+    torch.testing.assert_close(decision.logprob, new.logprob, atol=1e-4, rtol=0)
+    torch.testing.assert_close(new.entropy, expected.entropy().mean(1))
+    assert (policy.kl(new.dist, new.dist.flip(0)) > 0).any()
+    every = torch.arange(policy.action_begin, policy.action_end)[:, None].expand(-1, 7)
+    assert len(policy.env_action(every)[:, 0].unique()) == bins - 1
+    unit = torch.linspace(-1, 1, bins, dtype=torch.float64)[:, None].expand(-1, 7)
+    assert torch.equal(policy.bin_tokens(unit), every.flip(0))
+
+
+def test_cloning_is_smooth_only_where_the_config_says(monkeypatch):
+    """The loss of a policy that is sure of the right bin is 0 in constant dimensions, and not in the others."""
+    policy = load_policy("openvla-flat")
+    obs = {"rgb": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}
+    unit, instructions = torch.zeros(2, 1, 7), ["put red cube on plate"] * 2
+    tokens = policy.bin_tokens(unit[:, 0]) - policy.action_begin
+
+    def loss(wrong=(), **options):
+        logits = torch.full((2, 7, 32), -50.0).scatter(-1, tokens[..., None], 0.0)
+        for dim in wrong:  # sure of the neighbour
+            logits[:, dim] = logits[:, dim].roll(1, -1)
+        monkeypatch.setattr(policy, "action_logits", lambda *args: logits)
+        return policy.sft_loss(obs, instructions, unit, **options)
+
+    neighbour = torch.exp(torch.tensor(-0.5 / 0.5**2))  # sigma is half a bin
+    share = neighbour / (1 + 2 * neighbour)
+    torch.testing.assert_close(loss(), 50 * 2 * share * 2 / 7, rtol=1e-2, atol=0)
+    torch.testing.assert_close(loss(wrong=[4]) - loss(), torch.tensor(50 / 7), rtol=1e-4, atol=0)
+    assert loss(sigma=0.0) == 0
+    assert loss(prompt="where is the {instruction}") > 5 * loss()  # an answer: every dimension
+
+
 def test_fresh_weights_follow_the_seed():
     torch.manual_seed(5)
     a = load_policy("openvla-tiny")
