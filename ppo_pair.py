@@ -36,6 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs as sim
+import runtime
 import evaluate
 import policies
 import sft
@@ -439,7 +440,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                     if ratio_dev > (
                         0.01 if policy.dtype == torch.float32 else 0.1
                     ):  # bfloat16: 0.03 in 32 layers
-                        raise sim.Fault(f"update and rollout compute different log-probs (ratio off by {ratio_dev:.3f} "
+                        raise runtime.Fault(f"update and rollout compute different log-probs (ratio off by {ratio_dev:.3f} "
                                         "before any step): the policy's act and evaluate disagree")  # fmt: skip
                 loss = v_loss if value_only else pg_loss - args.ent_coef * new.entropy + v_loss
                 stats = dict(pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy, clipfrac=(ratio - 1).abs() > args.clip_coef,
@@ -491,7 +492,7 @@ def update(args, policy, optimizer, batch, backgrounds=None, value_only=False, g
                 inds = mb_inds.to(device)
                 torch.save(dict({k: v[inds].cpu() for k, v in batch["obs"].items()}, latents=batch["latents"][inds].cpu(),
                                 instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file)  # fmt: skip
-                raise sim.Fault("a loss, log-prob or gradient is not finite: stopped before the step, every checkpoint is from "
+                raise runtime.Fault("a loss, log-prob or gradient is not finite: stopped before the step, every checkpoint is from "
                                 f"before; the minibatch is in {file}")  # fmt: skip
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -518,7 +519,7 @@ def check_gradients(policy, parameters):
     for name, p in policy.named_parameters():
         if p.requires_grad and (id(p) not in known or p.grad is None):
             reason = "gets no gradient" if id(p) in known else "is not on the optimizer"
-            raise sim.Fault(
+            raise runtime.Fault(
                 f"the parameter {name} is to be trained but {reason}: freeze it, or use it in the loss"
             )
 
@@ -549,7 +550,7 @@ def check_weights(policy):
     )  # one wait for the GPU, not one per weight
     if not all(finite):
         name = names[finite.index(False)]
-        raise sim.Fault(
+        raise runtime.Fault(
             f"the weight {name} is not finite: resume from the last checkpoint, or start from another one"
         )
 
@@ -566,7 +567,7 @@ def check_sight(policy, obs, instructions):
     for what, pair in pairs.items():
         p, q = (policy.evaluate({**obs, "rgb": rgb}, instructions, latent).dist for rgb in pair)
         if policy.kl(p, q).max() < 1e-9:
-            raise sim.Fault(f"the policy does not see: {what} give the same actions")
+            raise runtime.Fault(f"the policy does not see: {what} give the same actions")
 
 
 def save_checkpoint(run_dir, policy, args, trainer):
@@ -603,7 +604,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
             return path
         except policies.PolicyError as error:
             print(f"{error} Going back to the checkpoint before.", file=sys.stderr)
-    raise sim.Fault(f"--resume {run_dir}: there is no whole checkpoint-* directory in it")
+    raise runtime.Fault(f"--resume {run_dir}: there is no whole checkpoint-* directory in it")
 
 
 def parse(command=None) -> Args:
@@ -624,18 +625,18 @@ def parse(command=None) -> Args:
             }
             saved = Args(**{**saved, "run_dir": args.resume, "resume": args.resume})
         except TypeError as error:
-            raise sim.Fault(f"{file} is of another version of this program ({error})")
+            raise runtime.Fault(f"{file} is of another version of this program ({error})")
         args = dataclasses.replace(tyro.cli(Args, args=command, default=saved), resume=args.resume)
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in MAY_CHANGE:
-                raise sim.Fault(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.resume} has {value}; "
+                raise runtime.Fault(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.resume} has {value}; "
                                 "leave the flag out, or start another run")  # fmt: skip
     return args
 
 
 def main(args: Args):
     if args.backbone not in TABLE_3:
-        raise sim.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
+        raise runtime.Fault(f"unknown --backbone {args.backbone!r}: choose from {', '.join(TABLE_3)}")
     args = dataclasses.replace(
         args, **{k: v for k, v in TABLE_3[args.backbone].items() if getattr(args, k) is None}
     )
@@ -649,15 +650,15 @@ def main(args: Args):
         "keep",
     ):
         if getattr(args, name) < 1:
-            raise sim.Fault(
+            raise runtime.Fault(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1"
             )
     if not 0 < args.pair_fraction <= 1:
-        raise sim.Fault(
+        raise runtime.Fault(
             f"--pair-fraction is {args.pair_fraction}: it must be above 0 and at most 1"
         )
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
-        raise sim.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
+        raise runtime.Fault(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by {WORLD} ranks: "
                         "each needs an environment, and the batch size must be a multiple of --num-envs")  # fmt: skip
     sim.parse_split(train_split(args))  # is --camera-range possible?
     args.sim = sim.choose_sim(args.sim)
@@ -673,7 +674,7 @@ def main(args: Args):
             Path(args.run_dir).mkdir(parents=True, exist_ok=True)
             (Path(args.run_dir) / "args.json").write_text(json.dumps(vars(args), indent=2))
         except OSError as error:
-            raise sim.Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
+            raise runtime.Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
         if args.checkpoint is None and args.backbone.endswith("-tiny"):
             args.checkpoint = str(sft.warm_start(args.backbone))
     if WORLD > 1:
@@ -740,7 +741,7 @@ def main(args: Args):
                        alter=views.task_altering if args.sen_coef else None,
                        preserve=views.RENDERED[args.pre_view] if args.inv_coef else None) as envs:  # fmt: skip
         if args.num_steps % envs.max_episode_steps:
-            raise sim.Fault(
+            raise runtime.Fault(
                 f"--num-steps {args.num_steps} must be a multiple of the episode length, {envs.max_episode_steps}"
             )
         backgrounds = (
@@ -800,13 +801,13 @@ def main(args: Args):
                         writer.add_scalar(f"train/{name}", value, iteration)
                     writer.flush()
                 except OSError as error:
-                    raise sim.Fault(
+                    raise runtime.Fault(
                         f"the log in {run_dir} could not be written ({error}); no checkpoint is touched"
                     )
                 tqdm.write(health_line(iteration, stats, successes[-8:], warming))
                 progress.update()
             if going_blind(kls):
-                raise sim.Fault("the policy is going blind: all KLs are below a fifth of their first values, also that between "
+                raise runtime.Fault("the policy is going blind: all KLs are below a fifth of their first values, also that between "
                                 "unrelated frames: L_inv's trivial minimum. Lower --inv-coef")  # fmt: skip
             if iteration % args.save_every == 0 or iteration == args.iterations:
                 save()
@@ -848,7 +849,7 @@ def health_line(iteration, stats, recent, warming) -> str:
 def command_line():
     try:
         main(parse())
-    except (sim.Fault, policies.PolicyError) as error:
+    except (runtime.Fault, policies.PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

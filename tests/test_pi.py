@@ -1040,7 +1040,7 @@ class Counting:
     )  # (episode, step, environment)
     episode = -1
 
-    def reset(self, episode_ids, split, exact, seed):
+    def reset(self, episode_ids, split, rebuild, seed):
         self.episode, self.elapsed = self.episode + 1, 0
         return {"rgb": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}
 
@@ -1105,7 +1105,7 @@ class Bright:
         rgb[~self.right, :, :8] = 220
         return {"rgb": rgb}
 
-    def reset(self, episode_ids, split, exact, seed):
+    def reset(self, episode_ids, split, rebuild, seed):
         self.elapsed, self.correct = 0, torch.zeros(64)
         return self.look()
 

@@ -20,7 +20,7 @@ import ppo_pair
 class Toy:
     """The right action is written in the image: move towards the bright side. Two steps per episode; the second one's
     picture is new, so credit has to go to the right step. A picture depends on episode id and step alone. Same interface
-    as envs.VecEnv."""
+    as scenes.workers.VecEnv."""
 
     max_episode_steps, num_workers, view_seconds = 2, 1, 0.0
 
@@ -44,7 +44,7 @@ class Toy:
         mask[:, half // 2 : -half // 2] = True  # what the task-preserving view keeps
         return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2), state=torch.zeros(self.num_envs, 8))
 
-    def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
+    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0):
         self.episode_ids, self.elapsed, self.correct = (
             list(episode_ids),
             0,
@@ -67,13 +67,9 @@ class Toy:
             info,
         )
 
-    def map(self, function, *args):  # views.backgrounds asks for pictures of the 16 tables
-        return [
-            torch.arange(16, dtype=torch.uint8)
-            .mul(10)[:, None, None, None]
-            .expand(16, self.size, self.size, 3)
-            .numpy()
-        ]
+    def backgrounds(self):
+        grey = 10 * torch.arange(16, dtype=torch.uint8)
+        return grey[:, None, None, None].expand(16, self.size, self.size, 3)
 
     def __enter__(self):
         return self
