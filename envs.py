@@ -216,12 +216,12 @@ def choose_sim(sim: str) -> str:
     from scenes.task import render_backend
 
     library = Path.home() / f".sapien/physx/{physx.version()}/libPhysXGpu_64.so"
-    draws = render_backend().removeprefix("sapien_")
+    draws = render_backend().removeprefix("sapien_").upper()
     if not torch.cuda.is_available():
         lacks = "there is no CUDA device here"
     elif not library.is_file():
         lacks = f"{library} is missing: `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` fetches it"
-    elif draws == "cpu":
+    elif draws == "CPU":
         lacks = "SAPIEN cannot draw on this GPU: `python envs.py --check` says what it draws with"
     else:
         return "cuda"

@@ -33,7 +33,8 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from envs import SPLITS, Fault, choose_sim, make_envs, parse_split
+from envs import SPLITS, choose_sim, make_envs, parse_split
+from runtime import Fault
 
 EVAL_EPISODES_START = (
     1_000_000_000  # training uses the ids below, so no evaluation episode was ever trained on
@@ -112,7 +113,7 @@ def evaluate(
         steps = 0  # env steps
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(noise_seed(seed, split, batch))
-            obs = envs.reset(padded, split, exact=True)
+            obs = envs.reset(padded, split, rebuild=True)
             instructions = list(envs.instructions)
             while steps < envs.max_episode_steps:
                 frames.append(obs["rgb"][:num_filmed].cpu().numpy().copy())

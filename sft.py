@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sapien
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
 
-import builtin
-import envs
 import policies
-import rl4vla
+from envs import CENTER, find_pack, make_envs
+from runtime import Fault, command_line, episode_ids, whole_directory
 
 
 @dataclass
@@ -53,73 +51,8 @@ class Args:
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
-STEP, TURN = 0.06, 0.8  # largest move of one control step: metres, radians
-GROUND_CENTER, GROUND_SCALE = (
-    np.array([*envs.CENTER, envs.TABLE_Z + 0.1]),
-    np.array([0.25, 0.25, 0.12]),
-)
-
-
-def oracle(env: envs.PutOnPlate) -> np.ndarray:
-    """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry, lower, let go.
-
-    Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
-    """
-    if env.pack.name == "rl4vla":
-        return rl4vla.oracle(env)
-    tcp, target, plate = env.tcp_entity.pose.p, env.target_entity.pose.p, env.plate_entity.pose.p
-    half = env.target_half_z
-    move, turn, gripper = np.zeros(3), 0.0, 1.0
-    if env.success:  # done: let go, then rise (both at once would fling the object away)
-        if not env.grasped:
-            move[2] = envs.TABLE_Z + 0.15 - tcp[2]
-    elif env.grasped:
-        gripper = -1.0
-        bottom, to_plate = target[2] - half, plate[:2] - target[:2]
-        if np.linalg.norm(to_plate) > 0.03:
-            move[2] = envs.TABLE_Z + 0.035 - bottom
-            if bottom > envs.TABLE_Z + 0.015:
-                move[:2] = to_plate
-        else:
-            move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
-    else:
-        grasp_z = max(
-            target[2] - 0.2 * half, envs.TABLE_Z + 0.019
-        )  # lower, and the fingertips would press on the table
-        hover_z = envs.TABLE_Z + 2 * half + 0.055
-        offset, turn = target[:2] - tcp[:2], grasp_turn(env)
-        move[:2] = offset
-        if np.linalg.norm(offset) > 0.02 or turn:
-            move[2] = max(hover_z - tcp[2], -0.05 if np.linalg.norm(offset) > 0.05 else -STEP)
-        elif tcp[2] - grasp_z > 0.01:
-            move[2] = grasp_z - tcp[2]
-        else:
-            move[:], turn, gripper = 0, 0, -1.0
-    move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
-    move = (
-        env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move
-    )  # world -> the robot's base frame
-    return np.array(
-        [*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32
-    )
-
-
-def grasp_turn(env: envs.PutOnPlate) -> float:
-    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
-
-    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
-    label that a policy cannot read off 96 pixels: it hovers.
-    """
-    if builtin.OBJECTS[env.episode.target][1] != "long":
-        return 0.0
-    error = _yaw(env.target_entity.pose) - _yaw(env.tcp_entity.pose)
-    error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
-    return error if abs(error) > 0.9 else 0.0
-
-
-def _yaw(pose: sapien.Pose) -> float:
-    x_axis = pose.to_transformation_matrix()[:2, 0]
-    return float(np.arctan2(x_axis[1], x_axis[0]))
+# Where the hand works, metres: the grounding task writes places in it as numbers in [-1, 1]
+GROUND_CENTER, GROUND_SCALE = np.array([*CENTER, 0.9695]), np.array([0.25, 0.25, 0.12])
 
 
 def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
@@ -130,10 +63,10 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
     object_xyz (T, k, 3) metres (target first), success bool. The arm is disturbed by `noise` (a std in units of the largest
     step) in a fraction `rate` of the steps, and the label stays the oracle's, so the data shows how to recover.
     """
-    env, episodes = environments[0], []
+    env, pack, episodes = environments[0], environments[0].pack, []
     for episode_id in episode_ids:
         rng = np.random.default_rng([seed, episode_id])
-        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        env.reset(seed=0, options=dict(episodes=[env.sample(episode_id, split)]))
         ids = [env.episode.target, *env.episode.distractors]
         lut = np.zeros(1024, np.uint8)
         for i, actor in enumerate(env.objects):
@@ -141,9 +74,9 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
         lut[env.plate_entity.per_scene_id] = 26
         lut[[link.per_scene_id for link in env.links]] = 27
         frames, after = {k: [] for k in ("rgb", "classes", "action", "where", "object_xyz")}, 0
-        for _ in range(env.pack.max_episode_steps):
+        for _ in range(pack.max_episode_steps):
             rgb, seg = env.picture()
-            action = oracle(env)
+            action = pack.oracle(env)
             frames["rgb"].append(rgb.copy())
             frames["classes"].append(lut[seg[2::4, 2::4]])
             frames["action"].append(action)
@@ -154,13 +87,12 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
                 break
             disturbed = action.copy()
             if rng.random() < rate:
-                disturbed[:3] += rng.normal(0, noise * STEP, 3)
-                disturbed[5] += rng.normal(0, noise * TURN)
+                disturbed[:3] += rng.normal(0, noise * pack.largest_move, 3)
+                disturbed[5] += rng.normal(0, noise * pack.largest_turn)
             env.step(disturbed)
         episode = {k: np.array(v) for k, v in frames.items()}
-        episodes.append(
-            dict(episode, objects=np.array(ids), episode_id=episode_id, success=env.success)
-        )
+        success = bool(env.success)
+        episodes.append(dict(episode, objects=np.array(ids), id=episode_id, success=success))
     return episodes
 
 
@@ -260,7 +192,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
-    names = [name for name, _, _ in builtin.OBJECTS]
+    names = find_pack("builtin").names
     features = []  # of the towers and the projector in the last forward pass: read here without a second pass
     hooks = [
         part.register_forward_hook(lambda _, __, out: features.append(out))
@@ -325,30 +257,26 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     return policy, report
 
 
-def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], *how) -> list[dict]:
+def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
     """`collect` spread over the workers, with a progress bar. how: its last arguments."""
     episodes, bar = [], tqdm(total=len(ids), desc=f"episodes ({split})")
     for start in range(0, len(ids), 16 * vec.num_workers):
         part = ids[start : start + 16 * vec.num_workers]
-        shares = [part[i :: vec.num_workers] for i in range(vec.num_workers)]
-        for done in vec.map(collect, *[(split, share, *how) for share in shares]):
+        tasks = [(split, part[i :: vec.num_workers], *how) for i in range(vec.num_workers)]
+        for done in vec.map(collect, *tasks):
             episodes += done
         bar.update(len(part))
         bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
     bar.close()
-    return sorted(
-        episodes, key=lambda e: e["episode_id"]
-    )  # the order must not depend on the number of cores
+    return sorted(episodes, key=lambda e: e["id"])  # whatever the number of cores
 
 
 def cache_key(args: Args) -> str:
     """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [
-        (here / name).read_text()
-        for name in ("sft.py", "envs.py", "builtin.py", "rl4vla.py", "policies.py")
-    ]
+    files = ("sft.py", "envs.py", "policies.py", "scenes/task.py", "scenes/builtin.py")
+    parts += [(here / name).read_text() for name in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -370,39 +298,34 @@ def warm_start(backbone: str) -> Path:
 
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
-        raise envs.Fault(
+        raise Fault(
             f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
         )
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise envs.Fault(f"cannot write to --out {out}: {error.strerror}")
+        raise Fault(f"cannot write to --out {out}: {error.strerror}")
     untrained = policies.load_policy(args.backbone)
-    with envs.make_envs(2, image_size=untrained.image_size) as vec:
-        # Episode ids: disjoint ranges, all below those of RL training (seed 1 starts at 1,000,000) and of evaluation.
-        scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, 0.5, args.seed)
+    with make_envs(2, image_size=untrained.image_size) as vec:
+        ids = episode_ids("scenes", 0, 0, args.scenes)
+        scenes = collect_parallel(vec, "busy", ids, 0.5, 0.5, args.seed)
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that acts in chunks gets fewer.
         half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
-        demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), *how)
-        demos += collect_parallel(
-            vec, "train", list(range(400_000, 400_000 + args.demos - half)), *how
-        )
-        held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), *how)
+        demos = collect_parallel(vec, "bare", episode_ids("demos", 0, 0, half), *how)
+        ids = episode_ids("mixed demos", 0, 0, args.demos - half)
+        demos += collect_parallel(vec, "train", ids, *how)
+        held_out = collect_parallel(vec, "train", episode_ids("held-out demos", 0, 0, 64), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(
         args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
     )
     print(json.dumps(report))
-    with policies.whole_directory(out) as partial:
+    with whole_directory(out) as partial:
         policy.save(partial, dtype=torch.float16)
         (partial / "args.json").write_text(json.dumps(dict(vars(args), report=report), indent=2))
     print(f"warm start saved in {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (envs.Fault, policies.PolicyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(lambda: main(tyro.cli(Args)))

@@ -1,4 +1,4 @@
-"""How far apart are a policy's actions on paired views? `python tests/probe_kl.py CHECKPOINT [CHECKPOINT ...]`
+"""How far apart are a policy's actions on paired views? `python tools/probe_kl.py CHECKPOINT [CHECKPOINT ...]`
 
 The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is then asked about those very
 frames, actions and views, so that the rows differ by the weights alone. Mean KL in nats (over a decision's dimensions and
@@ -21,12 +21,10 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-import envs
-import evaluate
 import policies
 import views
-
-HELD_OUT_TABLES = [16, 17, 18, 19, 20]
+from envs import find_pack, make_envs
+from runtime import command_line, episode_ids
 
 
 @dataclass
@@ -37,44 +35,35 @@ class Args:
     """episodes of the split train"""
     backbone: str = "openvla-tiny"
     """of all checkpoints"""
+    assets: str = "builtin"
+    """asset pack"""
 
 
 @torch.no_grad()
 def main(args: Args):
     first = policies.load_policy(args.backbone, args.checkpoints[0])
-    rounds = []  # of episodes, as many at once as one process can hold scenes: of each its (obs, instructions, rgb_pre, latent)
-    ids = evaluate.eval_episode_ids(args.episodes)
+    pack = find_pack(args.assets)
+    # Of episodes, as many at once as one process can hold scenes: of each its (obs, instructions, rgb_pre, latent)
+    rounds = []
+    ids = episode_ids("eval", 0, 0, args.episodes)
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
-        frames = []
-        with envs.make_envs(
-            len(ids[start : start + 256]), image_size=first.image_size, alter=views.task_altering
-        ) as vec:
-            obs, done = vec.reset(ids[start : start + 256], "train"), torch.tensor([False])
-            shares = [(HELD_OUT_TABLES,)] + [([],)] * (vec.num_workers - 1)
-            tables = torch.from_numpy(vec.map(views.render_backgrounds, *shares)[0])
+        part, frames = ids[start : start + 256], []
+        drawn = dict(image_size=first.image_size, alter=views.task_altering)
+        with make_envs(len(part), args.assets, **drawn) as vec:
+            obs, done = vec.reset(part, "train"), torch.tensor([False])
+            tables = vec.backgrounds(range(pack.train_tables, pack.num_tables))
             while not done.all():
                 decision = first.act(obs, vec.instructions)
                 generator = torch.Generator().manual_seed(len(frames))
                 rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
-                frames.append(
-                    (
-                        {k: v.clone() for k, v in obs.items()},
-                        list(vec.instructions),
-                        rgb_pre,
-                        decision.latent,
-                    )
-                )
+                obs = {k: v.clone() for k, v in obs.items()}
+                frames.append((obs, list(vec.instructions), rgb_pre, decision.latent))
                 obs, _, done, _ = vec.step(decision.actions)
         rounds.append(frames)
     print(f"{args.episodes} episodes, {args.episodes * len(rounds[0])} frames\n")
-    print(
-        "| checkpoint |"
-        + "".join(
-            f" {view} | change | typical |"
-            for view in ("held-out tables", "moved target", "unrelated")
-        )
-    )
+    names = ("held-out tables", "moved target", "unrelated")
+    print("| checkpoint |" + "".join(f" {name} | change | typical |" for name in names))
     print("|---" * 10 + "|")
     reference, rng = None, np.random.default_rng(0)
     resampled = rng.integers(args.episodes, size=(10_000, args.episodes))
@@ -87,18 +76,11 @@ def main(args: Args):
         for frames in rounds:
             of_round = []
             for obs, instructions, rgb_pre, latent in frames:
-                dist = policy.evaluate(obs, instructions, latent).dist
-                others = [
-                    {**obs, "rgb": rgb} for rgb in (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0))
-                ]
-                of_round.append(
-                    torch.stack(
-                        [
-                            policy.kl(dist, policy.evaluate(o, instructions, latent).dist)
-                            for o in others
-                        ]
-                    )
-                )
+                here, kl = policy.evaluate_actions(obs, instructions, latent).dist, []
+                for rgb in (rgb_pre, obs["rgb_alt"], obs["rgb"].roll(1, 0)):
+                    there = policy.evaluate_actions({**obs, "rgb": rgb}, instructions, latent)
+                    kl.append(policy.kl(here, there.dist))
+                of_round.append(torch.stack(kl))
             kls.append(torch.stack(of_round, 1))
         kls = torch.cat(kls, 2).numpy()  # (3, T, N)
         reference = kls if reference is None else reference
@@ -115,8 +97,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (envs.Fault, policies.PolicyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(lambda: main(tyro.cli(Args)))
