@@ -371,6 +371,7 @@ def update(
 def main(args: Args):
     # ---------------------------------------------------------------- set up
     runtime.check_ranges(args, RANGES)
+    runtime.check_shares(args)
     sim.parse_split(train_split(args))
     args.sim = sim.choose_sim(args.sim)
     device = runtime.own_device(args.cuda)

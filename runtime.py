@@ -199,6 +199,16 @@ def own_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD)
 
 
+def check_shares(args):
+    """Can the ranks share environments and minibatches equally?"""
+    if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
+        raise Fault(
+            f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by "
+            f"{WORLD} ranks: each needs an environment, and the batch size must be a multiple of "
+            "--num-envs"
+        )
+
+
 def own_slots(num_envs: int) -> range:
     """Which of num_envs environments are this rank's."""
     return range(num_envs * RANK // WORLD, num_envs * (RANK + 1) // WORLD)
