@@ -156,12 +156,7 @@ def test_the_gradient_does_not_depend_on_the_device_batch(float64, backbone):
     """1 x 8 == 2 x 4 == 3 + 3 + 2 == 8 x 1 to 1e-9 (relative) of the way that the weights went in four steps of the whole of
     Eq. (4), Also: the ratio starts at 1."""
     args = toy_args(
-        inv_coef=0.5,
-        sen_coef=0.2,
-        batch_size=8,
-        device_batch_size=32,
-        update_epochs=1,
-        num_steps=2,
+        inv_coef=0.5, sen_coef=0.2, batch_size=8, device_batch_size=32, update_epochs=1, num_steps=2
     )
     policy = toy_policy_with_seed(backbone)
     batch, start = toy_rollout(args, policy), [p.clone() for p in policy.parameters()]

@@ -46,7 +46,9 @@ def draw_two_frames(assets: str):
     rgb, ids = env.picture()
     frame = time.perf_counter() - start
     device = sapien.render.get_device_summary().strip()
-    device += f"\nphysics on the CPU, pictures on {render_backend().removeprefix('sapien_').upper()}"
+    device += (
+        f"\nphysics on the CPU, pictures on {render_backend().removeprefix('sapien_').upper()}"
+    )
     # The mask comes from the second picture that a driver must be able to draw
     found = dict(contrast=float(rgb.std()), shown=float(env.foreground(ids).mean()))
     print(json.dumps(dict(found, device=device, first=first, frame=frame)))
