@@ -97,7 +97,7 @@ class Prefix(NamedTuple):
     def take(self, inds):
         """The rows `inds` (n,) of the batch."""
         kv = Recorder({i: (k[inds], v[inds]) for i, (k, v) in self.kv.items()})
-        return Prefix(self.hidden[inds], self.mask[inds.to(self.mask.device)], kv)
+        return Prefix(self.hidden[inds], self.mask[inds], kv)
 
     def update(self, k, v, layer_idx):
         """The expert's cache: its own keys behind the VLM's. Nothing is stored, so it serves any
@@ -306,9 +306,9 @@ class Pi0Network(nn.Module):
         return key.startswith(("paligemma_with_expert.gemma_expert.lm_head.", "noise_head."))
 
     def keeps_float32(self, key):
-        """All but the VLM's matrices (RLinf keeps Gemma's norms and the projections in float32,
-        too)."""
-        return ".paligemma." not in key or "layernorm" in key or "language_model.norm" in key
+        """All but the VLM's matrices and SigLIP's norms, as openpi and RLinf have it."""
+        exact = (".embeddings.", ".input_layernorm.", ".post_attention_layernorm.", "model.norm.")
+        return ".paligemma." not in key or any(part in key for part in exact)
 
     def in_adapter(self, key):
         """What training changes where there are adapters: those, and the whole action expert."""
@@ -494,7 +494,7 @@ class Pi0Network(nn.Module):
         tower = model["vision_tower"]["vision_model"]
         position = tower["embeddings"]["position_embedding"].weight
         x = tower["embeddings"]["patch_embedding"](images.to(position.dtype))
-        x = x.flatten(2).transpose(1, 2) + position
+        x = (x.flatten(2).transpose(1, 2) + position).to(self.dtype)  # embeddings are float32
         for layer in tower["encoder"]["layers"]:
             x = forward_layer(layer, x, self.gradient_checkpointing, attention_mask=None)
         return model["multi_modal_projector"]["linear"](tower["post_layernorm"](x))
@@ -504,23 +504,25 @@ class Pi0Network(nn.Module):
         image_masks (B, C) bool, tokens (B, L) ids, token_mask (B, L) bool -> Prefix of [camera 0 |
         camera 1 ... | prompt].
 
-        Cameras that are not there and padding beyond the longest prompt are not computed at all:
+        Cameras that no sample has and padding beyond the longest prompt are not computed at all:
         nothing attends to them (openpi computes all three cameras and all 200 tokens, 3.3 times the
-        arithmetic). Masks may be on the CPU, where looking for holes in them does not wait for a
-        GPU.
+        arithmetic).
         """
-        images, there = images[:, image_masks.any(0)], image_masks[:, image_masks.any(0)]
-        tokens, token_mask = tokens[:, token_mask.any(0)], token_mask[:, token_mask.any(0)]
+        cameras, words = image_masks.any(0), token_mask.any(0)
+        there, token_mask = image_masks[:, cameras], token_mask[:, words]
+        return self.read(images[:, cameras], there, tokens[:, words], token_mask)
+
+    def read(self, images, there, tokens, token_mask):
+        """`prefix` of cameras and tokens that some sample has. The masks may be on the CPU."""
         paligemma = self.paligemma_with_expert["paligemma"]
-        seen = self.see(images[there])  # (n, T, W)
-        vision = seen.new_zeros(*there.shape, *seen.shape[1:])  # (B, C, T, W)
-        vision[there] = seen
+        seen = self.see(images.flatten(0, 1)).unflatten(0, there.shape)  # (B, C, T, W)
         words = paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5
-        x = torch.cat([vision.flatten(1, 2), words], 1)
-        mask = torch.cat([there.repeat_interleave(seen.shape[1], 1), token_mask], 1)  # (B, P)
+        x = torch.cat([seen.flatten(1, 2), words], 1)
+        mask = torch.cat([there.repeat_interleave(seen.shape[2], 1), token_mask], 1)
+        mask = mask.to(x.device)  # (B, P)
         kv = Recorder()
         inputs = {
-            "attention_mask": mask[:, None, None].to(x.device),  # everything sees everything
+            "attention_mask": mask[:, None, None],  # everything sees everything
             "position_embeddings": self.rotary(mask.cumsum(1) - 1, x),  # padding does not count
             "past_key_values": kv,
         }
@@ -537,7 +539,7 @@ class Pi0Network(nn.Module):
             in_prompt = state[:, : obs["state"].shape[1]]
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
         there = torch.ones(len(images), 1, dtype=torch.bool)
-        return self.prefix(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
+        return self.read(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
 
     def time_embedding(self, t):
         """(B,) -> (B, W) sines and cosines. In float64: the fastest has a frequency of 1571, and
@@ -566,7 +568,7 @@ class Pi0Network(nn.Module):
         visible = torch.cat([visible, own.expand(len(h), -1, -1)], 2)[:, None]  # (B, 1, n, P + n)
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(own), device=own.device)
         inputs = {
-            "attention_mask": visible.to(h.device),
+            "attention_mask": visible,
             "position_embeddings": self.rotary(positions, h),
             "past_key_values": prefix,
         }
@@ -588,7 +590,7 @@ class Pi0Network(nn.Module):
 
     def prefix_value(self, prefix):
         """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
-        weight = prefix.mask[..., None].to(prefix.hidden.device, torch.float32)
+        weight = prefix.mask[..., None].float()
         return self.value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
 
     # ---------------------------------------------------------- what sft.py teaches besides actions
