@@ -1,10 +1,12 @@
-"""The pair of views of each frame (paper section 4.3): what a policy should ignore, and what it should react to.
+"""The pair of views of each frame (paper section 4.3): what a policy should ignore, and what it
+should react to.
 
-task-preserving  o_pre: another table, no distractors; the same robot, target and plate   -> L_inv, Eq. (2)
-task-altering    o_alt: the same instant with the target elsewhere                         -> L_sen, Eq. (3)
+task-preserving  o_pre: another table, no distractors; the rest is the same   -> L_inv, Eq. (2)
+task-altering    o_alt: the same instant with the target elsewhere             -> L_sen, Eq. (3)
 
-A composite (Eq. 5) is made of pictures that are there. The other views are drawn: functions (env, N generators) -> N
-pictures, where env holds N scenes (one in a worker process, all of them with --sim cuda).
+A composite (Eq. 5) is made of pictures that are there. The other views are drawn: functions (env, N
+generators) -> N pictures, where env holds N scenes (one in a worker process, all of them with --sim
+cuda).
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ ALTER_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])  # OPEN: likewise its rotation
 
 
 def backgrounds(envs) -> torch.Tensor:
-    """(K, H, W, 3) uint8: the training tables with every object and the robot invisible (4.3, "all objects invisible")."""
+    """(K, H, W, 3) uint8: the training tables with every object and the robot invisible (4.3, "all
+    objects invisible")."""
     return envs.backgrounds()
 
 
 def task_preserving(
     rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor, generator=None
 ) -> torch.Tensor:
-    """o_pre for a batch: rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
+    """o_pre for a batch: rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3)
+    uint8 -> (B, H, W, 3) uint8.
 
-    All on one device. Where a distractor stood in front of the target the composite has a bite taken out of it: that is
-    what Eq. (5) does.
+    All on one device. Where a distractor stood in front of the target the composite has a bite
+    taken out of it: that is what Eq. (5) does.
     """
     # Drawn on the CPU: the same in parts of a batch
     k = torch.randint(len(backgrounds), (len(rgb),), generator=generator)
@@ -36,7 +40,8 @@ def task_preserving(
 
 
 def task_altering(env, rngs):
-    """o_alt: the target moved by N(0, ALTER_SIGMA) in x and y and turned by a yaw of ALTER_YAWS (4.3).
+    """o_alt: the target moved by N(0, ALTER_SIGMA) in x and y and turned by a yaw of ALTER_YAWS
+    (4.3).
 
     A target in the gripper is drawn outside it, as the paper's construction has it.
     """
@@ -46,7 +51,8 @@ def task_altering(env, rngs):
 
 
 def rerendered(env, rngs):
-    """o_pre without a composite's bites: drawn with the distractors hidden and a table of the training set."""
+    """o_pre without a composite's bites: drawn with the distractors hidden and a table of the
+    training set."""
     tables = [int(rng.integers(env.pack.train_tables)) for rng in rngs]
     with env.without_distractors(), env.on_tables(tables):
         return env.picture()[0]

@@ -83,7 +83,9 @@ def test_counts_and_places():
     assert len(builtin.OBJECTS) == len({name for name, _, _ in builtin.OBJECTS}) == 25
     for pack in (PACK, RL4VLA):
         assert len(pack.lights) == len(set(pack.lights)) == 21
-        assert np.array_equal(pack.camera_center, CENTER)  # a turned camera keeps the square in sight
+        assert np.array_equal(
+            pack.camera_center, CENTER
+        )  # a turned camera keeps the square in sight
     assert len(GRID) == 36 and np.allclose(np.abs(GRID - CENTER).max(0), HALF_EDGE)
     assert np.allclose(np.unique(np.diff(np.unique(GRID[:, 0].round(9)))), 0.03)
     assert len(RING) == 28 and np.allclose(np.abs(RING - CENTER).max(1), 0.105)

@@ -62,7 +62,9 @@ def turn_to(name, target, hand):
     }
     fake = {f"{k}_entity": SimpleNamespace(pose=pose) for k, pose in poses.items()}
     return np.rad2deg(
-        builtin.grasp_turn(SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake))
+        builtin.grasp_turn(
+            SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake)
+        )
     )
 
 
