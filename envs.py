@@ -1,12 +1,14 @@
-"""Appendix B of the paper: splits and episodes of the task "put {object} on plate", and N environments that play them.
+"""Appendix B of the paper: splits and episodes of the task "put {object} on plate", and N
+environments that play them.
 
-    python envs.py --check                   # does this machine render? says what to install where it does not
-    python envs.py --download                # fetches what the pack `rl4vla` (scenes/rl4vla.py) needs
-    python envs.py --gallery FILE.png        # draws every split, and the pair of views
+    python envs.py --check               # does this machine render? if not: what to install
+    python envs.py --download            # fetches what the pack `rl4vla` needs
+    python envs.py --gallery FILE.png    # draws every split, and the pair of views
 
-An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length; success does not end it.
-`make_envs` makes N environments of an asset pack, which hand out batched torch tensors. How a scene is simulated and drawn
-is in scenes/; this file imports the simulator only where one is made.
+An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length;
+success does not end it. `make_envs` makes N environments of an asset pack, which hand out batched
+torch tensors. How a scene is simulated and drawn is in scenes/; this file imports the simulator
+only where one is made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import tyro
 from runtime import Fault, command_line
 
 
-# ------------------------------------------------------------ Splits and episodes (paper Appendix B, section 5.5)
+# ------------------------------------------------------------ Splits and episodes
 @dataclass(frozen=True)
 class Split:
     """One evaluation setting; every field not named is as in training (Appendix B.4)."""
@@ -43,7 +45,8 @@ class Split:
     held_out_objects: bool = False
     """half of the distractors are objects never seen in training (B.4, "Distractor-k")"""
     cameras: tuple = (0.0,)
-    """orbits of the camera about the vertical axis through the workspace, degrees: one is drawn (5.5)"""
+    """orbits of the camera about the vertical axis through the workspace, degrees: one is drawn
+    (5.5)"""
 
 
 SPLITS = {
@@ -60,8 +63,9 @@ SFT_SPLITS = {  # what sft.py trains on: training objects only
 
 
 def parse_split(name: str) -> Split:
-    """The Split called `name`: one of SPLITS, or section 5.5's, in degrees: camera+N or camera-N for one orbit of the
-    camera, camera+-N:S for one drawn from -N, -N + S, ..., N in each episode. N <= 90."""
+    """The Split called `name`: one of SPLITS, or section 5.5's, in degrees: camera+N or camera-N
+    for one orbit of the camera, camera+-N:S for one drawn from -N, -N + S, ..., N in each episode.
+    N <= 90."""
     if name in SPLITS or name in SFT_SPLITS:
         return {**SPLITS, **SFT_SPLITS}[name]
     number = r"(\d+(?:\.\d+)?)"
@@ -84,7 +88,8 @@ CENTER, HALF_EDGE = np.array([-0.16, 0.0]), 0.075  # the training square in metr
 
 
 def lattice(low: int, high: int) -> np.ndarray:
-    """(n, 2) world xy of grid indices low..high-1 squared; indices 0..5 are the 36 training points, 3 cm apart."""
+    """(n, 2) world xy of grid indices low..high-1 squared; indices 0..5 are the 36 training points,
+    3 cm apart."""
     index = np.arange(low, high)
     grid = np.stack(np.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
     return CENTER + HALF_EDGE * (grid / 2.5 - 1)
@@ -101,7 +106,8 @@ HELD_OUT_YAWS = -np.deg2rad([22.5, 67.5, 112.5, 157.5])
 
 @dataclass(frozen=True)
 class Episode:
-    """Everything that defines one episode. Objects, tables and lights are indices into the pack, angles radians, xy metres."""
+    """Everything that defines one episode. Objects, tables and lights are indices into the pack,
+    angles radians, xy metres."""
 
     id: int
     target: int
@@ -118,10 +124,11 @@ class Episode:
 
 
 def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
-    """Episode number `episode_id` (0 <= id < 2**63) of `split`, among the objects, tables and lights of `pack`.
+    """Episode number `episode_id` (0 <= id < 2**63) of `split`, among the objects, tables and
+    lights of `pack`.
 
-    Each factor has a random stream of its own, so episode i has the same target, plate, table draw and light draw in
-    every split, and policies can be compared episode by episode.
+    Each factor has a random stream of its own, so episode i has the same target, plate, table draw
+    and light draw in every split, and policies can be compared episode by episode.
     """
     s = parse_split(split) if isinstance(split, str) else split
     stream = [np.random.default_rng([episode_id, factor]) for factor in range(8)]
@@ -133,7 +140,8 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
     # Its place is drawn even where it is left out, so that target and plate stay the same
     first = int(train_others[0])
 
-    # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
+    # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs),
+    # target-distractor > 15 cm.
     def far(a, b, gap):  # 15 cm apart to the last bit is too near
         return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap + 1e-6
 
@@ -176,14 +184,13 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 
 # ------------------------------------------------------------ Environments
-PACKS = {
-    "builtin": "scenes.builtin",
-    "rl4vla": "scenes.rl4vla",
-}  # --assets -> the module with its PACK
+# --assets -> the module that has its PACK
+PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla"}
 
 
 def find_pack(assets: str):
-    """The pack called `assets`. Raises Fault where there is none of that name, or where files of it are missing."""
+    """The pack called `assets`. Raises Fault where there is none of that name, or where files of it
+    are missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
     pack = importlib.import_module(PACKS[assets]).PACK
@@ -220,7 +227,8 @@ def choose_sim(sim: str) -> str:
     if not torch.cuda.is_available():
         lacks = "there is no CUDA device here"
     elif not library.is_file():
-        lacks = f"{library} is missing: `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` fetches it"
+        fetch = "python -c 'import sapien.physx; sapien.physx.enable_gpu()'"
+        lacks = f"{library} is missing: `{fetch}` fetches it"
     elif draws == "CPU":
         lacks = "SAPIEN cannot draw on this GPU: `python envs.py --check` says what it draws with"
     else:
@@ -233,21 +241,17 @@ def choose_sim(sim: str) -> str:
 
 
 def make_envs(
-    num_envs,
-    assets="builtin",
-    *,
-    image_size=None,
-    num_workers=None,
-    alter=None,
-    preserve=None,
+    num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None,
     sim="cpu",
-):
-    """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per core) -> VecEnv; or
-    with `sim` "cuda", or "auto" where that is possible, all in this process with GPU physics -> CudaVecEnv.
+):  # fmt: skip
+    """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
+    core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
+    with GPU physics -> CudaVecEnv.
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
-        alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre to the observation.
+        alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre
+        to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
     """
     if num_envs < 1:
@@ -269,13 +273,15 @@ def make_envs(
 @dataclass
 class Args:
     check: bool = False
-    """does this machine render? prints versions, driver, time of one frame, free space; says what to install if not"""
+    """does this machine render? prints versions, driver, time of one frame, free space; says what
+    to install if not"""
     gallery: str | None = None
     """PNG file to draw a contact sheet in: every split, and the views with their mask"""
     assets: str = "builtin"
     """asset pack that is drawn: builtin or rl4vla"""
     download: bool = False
-    """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and started again"""
+    """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and
+    started again"""
 
 
 def download():

@@ -1,11 +1,13 @@
-"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny backbone, from nothing.
+"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny
+backbone, from nothing.
 
-    python sft.py                                       # scenes, demonstrations, two stages of training -> runs/sft
-    python sft.py --clone-steps 3200 --out runs/weak    # a weak start (36 %), for studying PPO
+    python sft.py                                     # scenes, demonstrations, training -> runs/sft
+    python sft.py --clone-steps 3200 --out runs/weak  # a weak start (36 %), for studying PPO
 
-Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
-(grounding, answered with the very seven numbers that actions are written in). Its labels are free in the simulator.
-Stage 2 is behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D actions.
+Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and
+"where is X?" (grounding, answered with the very seven numbers that actions are written in). Its
+labels are free in the simulator. Stage 2 is behaviour cloning of a scripted oracle that reads
+privileged state and acts through the same 7-D actions.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Args:
     scenes: int = 1200
     """episodes with four distractors for pretraining"""
     demos: int = 4000
-    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
+    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left
+    out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 5000
@@ -58,10 +61,11 @@ GROUND_CENTER, GROUND_SCALE = np.array([*CENTER, 0.9695]), np.array([0.25, 0.25,
 def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
     """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
 
-    rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table, 1-25 object, 26 plate,
-    27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of plate and tcp, objects (k,) indices,
-    object_xyz (T, k, 3) metres (target first), success bool. The arm is disturbed by `noise` (a std in units of the largest
-    step) in a fraction `rate` of the steps, and the label stays the oracle's, so the data shows how to recover.
+    rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table,
+    1-25 object, 26 plate, 27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of
+    plate and tcp, objects (k,) indices, object_xyz (T, k, 3) metres (target first), success bool.
+    The arm is disturbed by `noise` (a std in units of the largest step) in a fraction `rate` of the
+    steps, and the label stays the oracle's, so the data shows how to recover.
     """
     env, pack, episodes = environments[0], environments[0].pack, []
     for episode_id in episode_ids:
@@ -97,14 +101,16 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
 
 
 def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
-    """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
-    object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
+    """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5)
+    padded with -1, object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the
+    episode's last one repeated."""
     parts = []
     for e in episodes:
         n, absent = len(e["action"]), 5 - len(e["objects"])
         ahead = np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1)  # (T, horizon)
         parts.append(dict(
-            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]), chunk=e["action"][ahead],
+            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]),
+            chunk=e["action"][ahead],
             object_ids=np.tile(np.pad(e["objects"], (0, absent), constant_values=-1), (n, 1)),
             object_xyz=np.float32(np.pad(e["object_xyz"], ((0, 0), (0, absent), (0, 0)))),
         ))  # fmt: skip
@@ -112,7 +118,8 @@ def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
 
 
 def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
-    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch features (B, n, D)."""
+    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch
+    features (B, n, D)."""
     side = int(features.shape[1] ** 0.5)
     cells = classes.shape[1] // side  # labels along one side of a patch
     logits = head(features).view(len(features), side, side, 28, cells, cells)
@@ -123,8 +130,9 @@ def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
 
 
 def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
-    """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
-    object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
+    """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the
+    embedding of the object's name, as SigLIP aligns whole images with captions. Llama can then look
+    for a word among the patches."""
     table = policy.word_embeddings()
     words = torch.stack(
         [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
@@ -146,8 +154,8 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
 
 
 def grounding_answers(batch, names):
-    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x, y, the plate's x, y,
-    the hand's x, y, z, scaled to [-1, 1]."""
+    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x,
+    y, the plate's x, y, the hand's x, y, z, scaled to [-1, 1]."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
@@ -163,7 +171,8 @@ QUESTION = "where is {instruction} <out>"
 
 
 def train(policy, steps: int, args: Args, name: str, losses, heads=()):
-    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss (running mean)."""
+    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss
+    (running mean)."""
     parameters = [*policy.parameters(), *heads]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -189,11 +198,13 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
 
 
 def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
-    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and error of its argmax)."""
+    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and
+    error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
     names = find_pack("builtin").names
-    features = []  # of the towers and the projector in the last forward pass: read here without a second pass
+    # Of the towers and the projector in the last forward pass: read here without a second pass
+    features = []
     hooks = [
         part.register_forward_hook(lambda _, __, out: features.append(out))
         for part in policy.vision_parts()
@@ -272,7 +283,8 @@ def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
 
 
 def cache_key(args: Args) -> str:
-    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
+    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the
+    model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
     files = ("sft.py", "envs.py", "policies.py", "scenes/task.py", "scenes/builtin.py")
@@ -281,7 +293,8 @@ def cache_key(args: Args) -> str:
 
 
 def warm_start(backbone: str) -> Path:
-    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept in runs/."""
+    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept
+    in runs/."""
     shipped = Path(__file__).parent / "warmstart" / backbone
     if shipped.is_dir():
         return shipped
@@ -289,7 +302,7 @@ def warm_start(backbone: str) -> Path:
     cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
     if not cached.is_dir():
         print(
-            f"no warm start for {backbone} yet: training one, which takes a while (progress bars follow)",
+            f"no warm start for {backbone} yet: training one takes a while (progress bars follow)",
             file=sys.stderr,
         )
         main(dataclasses.replace(args, out=str(cached)))
@@ -299,7 +312,8 @@ def warm_start(backbone: str) -> Path:
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
         raise Fault(
-            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
+            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones;"
+            " the big ones come with a checkpoint"
         )
     out = Path(args.out)
     try:
@@ -310,7 +324,8 @@ def main(args: Args):
     with make_envs(2, image_size=untrained.image_size) as vec:
         ids = episode_ids("scenes", 0, 0, args.scenes)
         scenes = collect_parallel(vec, "busy", ids, 0.5, 0.5, args.seed)
-        # A chunk's later labels answer disturbances that its frame does not show, so a policy that acts in chunks gets fewer.
+        # A chunk's later labels answer disturbances that its frame does not show, so a policy that
+        # acts in chunks gets fewer.
         half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
         demos = collect_parallel(vec, "bare", episode_ids("demos", 0, 0, half), *how)
         ids = episode_ids("mixed demos", 0, 0, args.demos - half)

@@ -1,7 +1,8 @@
-"""Asset pack `builtin`: a Panda, 25 objects and 21 tables made of primitives and arithmetic. Nothing to download.
+"""Asset pack `builtin`: a Panda, 25 objects and 21 tables made of primitives and arithmetic.
+Nothing to download.
 
-`BuiltinPack` has what a pack declares: robot, camera, rates, counts, lights, how objects, plate and tables are made, and a
-scripted oracle.
+`BuiltinPack` has what a pack declares: robot, camera, rates, counts, lights, how objects, plate and
+tables are made, and a scripted oracle.
 """
 
 import colorsys
@@ -28,10 +29,11 @@ from transforms3d.euler import euler2quat
 from scenes.task import TABLE_Z, Light, held_out_lights
 
 COLORS = dict(
-    red=(0.85, 0.1, 0.1), green=(0.1, 0.65, 0.15), blue=(0.12, 0.25, 0.85), yellow=(0.95, 0.85, 0.1),
-    orange=(0.98, 0.5, 0.05), purple=(0.5, 0.15, 0.65), cyan=(0.1, 0.75, 0.8), pink=(0.98, 0.5, 0.7),
-    brown=(0.45, 0.25, 0.1), white=(0.93, 0.93, 0.93), black=(0.08, 0.08, 0.08), gray=(0.5, 0.5, 0.5),
-    lime=(0.6, 0.9, 0.2), navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
+    red=(0.85, 0.1, 0.1), green=(0.1, 0.65, 0.15), blue=(0.12, 0.25, 0.85),
+    yellow=(0.95, 0.85, 0.1), orange=(0.98, 0.5, 0.05), purple=(0.5, 0.15, 0.65),
+    cyan=(0.1, 0.75, 0.8), pink=(0.98, 0.5, 0.7), brown=(0.45, 0.25, 0.1),
+    white=(0.93, 0.93, 0.93), black=(0.08, 0.08, 0.08), gray=(0.5, 0.5, 0.5), lime=(0.6, 0.9, 0.2),
+    navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
 )  # fmt: skip
 UPRIGHT = euler2quat(0, -np.pi / 2, 0)  # SAPIEN's cylinders and capsules lie along x
 LIGHTS = (  # ambient, key, brightness of the fills
@@ -63,43 +65,56 @@ def _pill(color, radius, length, at=(0, 0, 0)):
     return "capsule", color, (radius, half), at, (1, 0, 0, 0), (half + radius, radius, radius)
 
 
-# name, symmetry, parts. Symmetry is how the fingers may close on it: "round" from any side, "square" along x or y,
-# "long" across its long side, which is the object's x axis. The first 16 are for training, the last 9 are held out.
+# name, symmetry, parts. Symmetry is how the fingers may close on it: "round" from any side,
+# "square" along x or y, "long" across its long side, which is the object's x axis. The first 16 are
+# for training, the last 9 are held out.
 OBJECTS = [
     ("red cube", "square", [_box("red", 0.04, 0.04, 0.04)]),
     ("green bar", "long", [_box("green", 0.09, 0.03, 0.03)]),
     ("blue can", "round", [_can("blue", 0.022, 0.06)]),
     ("yellow ball", "round", [_ball("yellow", 0.024)]),
     ("orange capsule", "long", [_pill("orange", 0.018, 0.06)]),
-    ("purple cross", "square", [_box("purple", 0.08, 0.026, 0.03), _box("purple", 0.026, 0.08, 0.03)]),
-    ("dumbbell", "long", [_rod("gray", 0.01, 0.06), _ball("black", 0.02, (-0.035, 0, 0)), _ball("black", 0.02, (0.035, 0, 0))]),
+    ("purple cross", "square", [_box("purple", 0.08, 0.026, 0.03),
+                                _box("purple", 0.026, 0.08, 0.03)]),
+    ("dumbbell", "long", [_rod("gray", 0.01, 0.06), _ball("black", 0.02, (-0.035, 0, 0)),
+                          _ball("black", 0.02, (0.035, 0, 0))]),
     ("cyan block", "long", [_box("cyan", 0.06, 0.04, 0.025)]),
-    ("pink L", "long", [_box("pink", 0.08, 0.026, 0.03), _box("pink", 0.026, 0.05, 0.03, (-0.027, 0.038, 0))]),
+    ("pink L", "long", [_box("pink", 0.08, 0.026, 0.03),
+                        _box("pink", 0.026, 0.05, 0.03, (-0.027, 0.038, 0))]),
     ("brown stick", "long", [_box("brown", 0.12, 0.022, 0.022)]),
     ("mushroom", "round", [_can("white", 0.012, 0.035), _ball("red", 0.023, (0, 0, 0.027))]),
-    ("house", "square", [_box("tan", 0.04, 0.04, 0.03), _box("red", 0.028, 0.042, 0.028, (0, 0, 0.02))]),
+    ("house", "square", [_box("tan", 0.04, 0.04, 0.03),
+                         _box("red", 0.028, 0.042, 0.028, (0, 0, 0.02))]),
     ("striped can", "round", [_can("white", 0.02, 0.02, (0, 0, -0.02)), _can("red", 0.02, 0.02),
                               _can("white", 0.02, 0.02, (0, 0, 0.02))]),
-    ("domino", "long", [_box("black", 0.035, 0.035, 0.03, (-0.0175, 0, 0)), _box("white", 0.035, 0.035, 0.03, (0.0175, 0, 0))]),
+    ("domino", "long", [_box("black", 0.035, 0.035, 0.03, (-0.0175, 0, 0)),
+                        _box("white", 0.035, 0.035, 0.03, (0.0175, 0, 0))]),
     ("lime disc", "round", [_can("lime", 0.032, 0.025)]),
-    ("traffic light", "long", [_box("gray", 0.09, 0.028, 0.022), _ball("red", 0.012, (-0.028, 0, 0.012)),
-                               _ball("yellow", 0.012, (0, 0, 0.012)), _ball("green", 0.012, (0.028, 0, 0.012))]),
-    ("navy T", "long", [_box("navy", 0.08, 0.026, 0.03), _box("navy", 0.026, 0.05, 0.03, (0, 0.038, 0))]),
+    ("traffic light", "long", [_box("gray", 0.09, 0.028, 0.022),
+                               _ball("red", 0.012, (-0.028, 0, 0.012)),
+                               _ball("yellow", 0.012, (0, 0, 0.012)),
+                               _ball("green", 0.012, (0.028, 0, 0.012))]),
+    ("navy T", "long", [_box("navy", 0.08, 0.026, 0.03),
+                        _box("navy", 0.026, 0.05, 0.03, (0, 0.038, 0))]),
     ("teal cylinder", "long", [_rod("teal", 0.018, 0.08)]),
     ("snowman", "round", [_ball("white", 0.024), _ball("white", 0.016, (0, 0, 0.034))]),
     ("orange cube", "square", [_box("orange", 0.045, 0.045, 0.035)]),
     ("blue stick", "long", [_pill("blue", 0.012, 0.11)]),
-    ("pyramid", "square", [_box("yellow", 0.06, 0.06, 0.016), _box("orange", 0.04, 0.04, 0.016, (0, 0, 0.016)),
+    ("pyramid", "square", [_box("yellow", 0.06, 0.06, 0.016),
+                           _box("orange", 0.04, 0.04, 0.016, (0, 0, 0.016)),
                            _box("red", 0.022, 0.022, 0.016, (0, 0, 0.032))]),
-    ("hammer", "long", [_rod("tan", 0.01, 0.09, (-0.02, 0, 0)), _box("gray", 0.03, 0.05, 0.03, (0.035, 0, 0))]),
-    ("bowtie", "long", [_box("purple", 0.03, 0.05, 0.026, (-0.028, 0, 0)), _box("pink", 0.03, 0.02, 0.02),
+    ("hammer", "long", [_rod("tan", 0.01, 0.09, (-0.02, 0, 0)),
+                        _box("gray", 0.03, 0.05, 0.03, (0.035, 0, 0))]),
+    ("bowtie", "long", [_box("purple", 0.03, 0.05, 0.026, (-0.028, 0, 0)),
+                        _box("pink", 0.03, 0.02, 0.02),
                         _box("purple", 0.03, 0.05, 0.026, (0.028, 0, 0))]),
     ("black puck", "round", [_can("black", 0.03, 0.022)]),
 ]  # fmt: skip
 
 
 def table_texture(index: int, size: int = 256) -> np.ndarray:
-    """Table top number `index`: uint8 (size, size, 3), a pure function of the index (7 patterns, 21 pairs of colours)."""
+    """Table top number `index`: uint8 (size, size, 3), a pure function of the index (7 patterns, 21
+    pairs of colours)."""
     rng = np.random.default_rng(1000 + index)
     y, x = np.mgrid[0:size, 0:size] / size
     hue, freq = (index * 0.381966) % 1.0, rng.integers(10, 20)
@@ -137,7 +152,8 @@ URDF_FOLDER = tempfile.TemporaryDirectory(prefix="pair_vla_")
 def light_panda_urdf() -> str:
     """Path of a Panda whose visual meshes are its 2 k-triangle collision meshes.
 
-    The original ones have 136 k triangles, which cost about 40 ms a frame on a CPU renderer. The srdf must lie beside the
+    The original ones have 136 k triangles, which cost about 40 ms a frame on a CPU renderer. The
+    srdf must lie beside the
     urdf: without it adjacent links collide with each other.
     """
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
@@ -163,8 +179,9 @@ def light_panda_urdf() -> str:
 
 
 class BuiltinPack:
-    """Panda, 25 procedural objects, 21 procedural tables. DEVIATION: made for two CPU cores, so a camera in front of the
-    robot, steps of up to 6 cm and episodes of 20 steps instead of the paper's 3 cm and 80."""
+    """Panda, 25 procedural objects, 21 procedural tables. DEVIATION: made for two CPU cores, so a
+    camera in front of the robot, steps of up to 6 cm and episodes of 20 steps instead of the
+    paper's 3 cm and 80."""
 
     name = "builtin"
     robot_uid = "panda_light"
@@ -176,14 +193,12 @@ class BuiltinPack:
     image_size = 96
     sim_freq, control_freq = 100, 5
     max_episode_steps = 20
-    grasp_streak = 2  # steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter steps)
+    # Steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter ones)
+    grasp_streak = 2
     largest_move, largest_turn = 0.06, 0.8  # of the oracle in one control step: metres, radians
     names = [name for name, _, _ in OBJECTS]
-    train_objects, train_tables = (
-        16,
-        16,
-    )  # the first of each are for training, the others are held out
-    num_tables = 21
+    # The first of each are for training, the others are held out
+    train_objects, train_tables, num_tables = 16, 16, 21
     lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
     settles_again = False
@@ -213,11 +228,13 @@ class BuiltinPack:
         return float(np.linalg.norm(self.sizes[i][:2])) / 2
 
     def plate_gap(self, i: int) -> float:
-        """Least distance in metres between the centres of object i and the plate: RL4VLA's 7 cm, more for long objects."""
+        """Least distance in metres between the centres of object i and the plate: RL4VLA's 7 cm,
+        more for long objects."""
         return max(0.07, self.plate_radius + max(self.sizes[i][:2]) / 2 + 0.005)
 
     def spawn_z(self, i: int, is_target: bool) -> float:
-        """Height of object i's centre at reset: 2 mm above the table, so that nothing bounces or rolls away."""
+        """Height of object i's centre at reset: 2 mm above the table, so that nothing bounces or
+        rolls away."""
         return TABLE_Z + self.sizes[i][2] / 2 + 0.002
 
     def build_object(self, i, builder, material):
@@ -263,9 +280,11 @@ class BuiltinPack:
         return None
 
     def oracle(self, scene) -> np.ndarray:
-        """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry, lower, let go.
+        """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry,
+        lower, let go.
 
-        Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
+        Stateless: every phase is decided from what the scene looks like now, so a policy that sees
+        one frame can copy it.
         """
         tcp, plate = scene.tcp_entity.pose.p, scene.plate_entity.pose.p
         target, half = scene.target_entity.pose.p, scene.target_half_z
@@ -296,18 +315,18 @@ class BuiltinPack:
             else:
                 move[:], turn, gripper = 0, 0, -1.0
         move[:2] *= min(1.0, self.largest_move / max(np.linalg.norm(move[:2]), 1e-9))
-        move = (
-            self.base_pose.inv().to_transformation_matrix()[:3, :3] @ move
-        )  # world -> robot's base
-        move = np.clip(move, -self.largest_move, self.largest_move)
+        to_base = self.base_pose.inv().to_transformation_matrix()[:3, :3]
+        move = np.clip(to_base @ move, -self.largest_move, self.largest_move)
         turn = np.clip(turn, -self.largest_turn, self.largest_turn)
         return np.array([*move, 0, 0, turn, gripper], np.float32)
 
 
 def grasp_turn(scene) -> float:
-    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
+    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target
+    lies along the fingers.
 
-    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
+    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at
+    every step would be a
     label that a policy cannot read off 96 pixels: it hovers.
     """
     if OBJECTS[scene.episode.target][1] != "long":
@@ -342,8 +361,8 @@ class EEPoseController(PDEEPoseController):
 
 @register_agent()
 class LightPanda(Panda):
-    """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler radians), but counted from
-    where the hand is; gripper > 0 opens."""
+    """Panda under RL4VLA's control: delta pose of the hand in the base frame (metres, XYZ euler
+    radians), but counted from where the hand is; gripper > 0 opens."""
 
     uid = "panda_light"
     urdf_path = light_panda_urdf()
@@ -351,15 +370,18 @@ class LightPanda(Panda):
     @property
     def _controller_configs(self):
         arm = PDEEPoseControllerConfig(
-            self.arm_joint_names, pos_lower=-1.0, pos_upper=1.0, rot_lower=-np.pi / 2, rot_upper=np.pi / 2, stiffness=1e3,
-            damping=1e2, force_limit=100, ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
-            use_target=False,  # DEVIATION: RL4VLA accumulates targets; here what the camera sees is all there is to know
+            self.arm_joint_names, pos_lower=-1.0, pos_upper=1.0, rot_lower=-np.pi / 2,
+            rot_upper=np.pi / 2, stiffness=1e3, damping=1e2, force_limit=100,
+            ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
+            # DEVIATION: RL4VLA accumulates targets; here the camera sees all there is to know
+            use_target=False,
         )  # fmt: skip
         if not self.scene.gpu_sim_enabled:
             arm.controller_cls = EEPoseController
         gripper = PDJointPosMimicControllerConfig(
-            self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2, force_limit=100,
-            normalize_action=True, drive_mode="force", mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
+            self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2,
+            force_limit=100, normalize_action=True, drive_mode="force",
+            mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
         )  # fmt: skip
         return {"pd_ee_target_delta_pose": dict(arm=arm, gripper=gripper)}
 

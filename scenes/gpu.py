@@ -1,15 +1,19 @@
-"""N scenes in one process with PhysX on the GPU: what `--sim cuda` runs instead of worker processes.
+"""N scenes in one process with PhysX on the GPU: what `--sim cuda` runs instead of worker
+processes.
 
-The same episodes, rules and views as scenes/task.py; only how they are computed differs, in batches of N on the GPU.
-Where ManiSkill's `physx_cuda` forbids something, this is the way around:
+The same episodes, rules and views as scenes/task.py; only how they are computed differs, in batches
+of N on the GPU. Where ManiSkill's `physx_cuda` forbids something, this is the way around:
 
-- what is drawn is read from `px.cuda_rigid_body_data`, which PhysX does not read back: a view is a write of poses to that
-  buffer, a picture, and the old poses again (`drawn`). Nothing can be hidden, so it is drawn far below the floor.
-- lights cannot change once a scene is built: a reset that needs other lights builds the scenes anew.
-- the arm follows one step of Levenberg-Marquardt on the Jacobian, on a CPU Pinocchio's inverse kinematics.
+- what is drawn is read from `px.cuda_rigid_body_data`, which PhysX does not read back: a view is a
+  write of poses to that buffer, a picture, and the old poses again (`drawn`). Nothing can be
+  hidden, so it is drawn far below the floor.
+- lights cannot change once a scene is built: a reset that needs other lights builds all of it anew.
+- the arm follows one step of Levenberg-Marquardt on the Jacobian, on a CPU Pinocchio's inverse
+  kinematics.
 - all scenes settle together, so each gets the longest time that any may need.
 
-OPEN: this file has run on a CPU with one scene (tests/test_gpu.py compares it with scenes/task.py), not yet on a GPU.
+OPEN: this file has run on a CPU with one scene (tests/test_gpu.py compares it with scenes/task.py),
+not yet on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ def raw(poses) -> torch.Tensor:
 
 
 class PutOnPlates(PutOnPlate):
-    """N scenes: `reset(options=dict(episodes=N of them))`, `step(actions (N, 7))`, then `picture()`."""
+    """N scenes: `reset(options=dict(episodes=N of them))`, `step(actions (N, 7))`, then
+    `picture()`."""
 
     parking_x = 4.0  # out of every camera's sight, because nothing can be hidden
 
@@ -56,9 +61,10 @@ class PutOnPlates(PutOnPlate):
         self.fingers = [self.agent.finger1_link, self.agent.finger2_link]
 
     def _clear(self):
-        """Before the scenes are built anew, and at the end: whatever holds the old ones would keep them on the GPU."""
-        for name in ("objects", "plate", "table_tops", "camera_mount", "links", "fingers", "contact_query",
-                     "_sensor_configs", "segmentation_id_map"):  # fmt: skip
+        """Before the scenes are built anew, and at the end: whatever holds the old ones would keep
+        them on the GPU."""
+        for name in ("objects", "plate", "table_tops", "camera_mount", "links", "fingers",
+                     "contact_query", "_sensor_configs", "segmentation_id_map"):  # fmt: skip
             self.__dict__.pop(name, None)
         super()._clear()
 
@@ -114,10 +120,8 @@ class PutOnPlates(PutOnPlate):
         """(N, 3, 3) newtons that the two fingers and the plate exert on the target."""
         others, px = [*self.fingers, self.plate], self.scene.px
         if not self.gpu_sim_enabled:
-            target, force = (
-                self.objects[self.episode.target],
-                self.scene.get_pairwise_contact_forces,
-            )
+            target = self.objects[self.episode.target]
+            force = self.scene.get_pairwise_contact_forces
             return torch.stack([force(target, other) for other in others], 1)
         if self.contact_query is None:  # one for all pairs of all scenes, made once an episode
             targets = [self.objects[e.target]._bodies[n] for n, e in enumerate(self.episodes)]
@@ -143,7 +147,8 @@ class PutOnPlates(PutOnPlate):
 
     # ------------------------------------------------------------------------------------ pictures
     def picture(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cameras see now: rgb (N, H, W, 3) uint8 and the id of the body in each pixel (N, H, W) int16."""
+        """What the cameras see now: rgb (N, H, W, 3) uint8 and the id of the body in each pixel (N,
+        H, W) int16."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         camera = self.scene.sensors["camera"]
         camera.capture()
@@ -168,7 +173,8 @@ class PutOnPlates(PutOnPlate):
         return self._drawn_instead(lambda e: e.distractors, BELOW)
 
     def _drawn_instead(self, which, poses):
-        """Draw the objects with the indices which(episode) of each scene at poses (N, 7) or (7,)."""
+        """Draw the objects with the indices which(episode) of each scene at poses (N, 7) or
+        (7,)."""
         bodies = []
         for i, actor in enumerate(self.objects):
             chosen = torch.tensor([i in which(e) for e in self.episodes])[:, None]
@@ -211,7 +217,8 @@ class PutOnPlates(PutOnPlate):
 
     @contextmanager
     def drawn(self, bodies):
-        """Draw bodies elsewhere: pairs of an actor or link and its poses (N, 7). Physics is not touched."""
+        """Draw bodies elsewhere: pairs of an actor or link and its poses (N, 7). Physics is not
+        touched."""
         bodies = list(bodies)
         if self.gpu_sim_enabled:
             data = self.scene.px.cuda_rigid_body_data.torch()
@@ -270,7 +277,8 @@ class CudaVecEnv:
         return obs
 
     def reset(self, episode_ids, split="train", rebuild: bool = False, alter_seed: int = 0) -> dict:
-        """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, with `rebuild` or without."""
+        """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, with `rebuild` or
+        without."""
         splits = [split] * self.num_envs if isinstance(split, str) else split
         episodes = [self.sample(int(i), name) for i, name in zip(episode_ids, splits, strict=True)]
         self.alter_seed = alter_seed

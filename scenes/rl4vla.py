@@ -1,7 +1,9 @@
-"""Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its files, on stock mani_skill.
+"""Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its
+files, on stock mani_skill.
 
-`Rl4vlaPack` has what a pack declares: robot, camera, rates, counts, lights, and how objects, plate and tables are made.
-Then where the files are (`python envs.py --download` fetches them), and the scripted oracle.
+`Rl4vlaPack` has what a pack declares: robot, camera, rates, counts, lights, and how objects, plate
+and tables are made. Then where the files are (`python envs.py --download` fetches them), and the
+scripted oracle.
 """
 
 import json
@@ -33,9 +35,11 @@ LIGHTS = (  # ambient, key, brightness of the fills
 
 
 class Rl4vlaPack:
-    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind them.
+    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind
+    them.
 
-    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular damping (task.py).
+    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular
+    damping (task.py).
     """
 
     name = "rl4vla"
@@ -57,11 +61,8 @@ class Rl4vlaPack:
     settles_again = True  # where something still moves after 0.3 s
     floor = None  # what is not robot, object or plate is the photograph
     table_materials = ()
-    train_objects, train_tables = (
-        16,
-        16,
-    )  # the first of each are for training, the others are held out
-    num_tables = 21
+    # The first of each are for training, the others are held out
+    train_objects, train_tables, num_tables = 16, 16, 21
     lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
 
     @cached_property
@@ -140,7 +141,8 @@ class Rl4vlaPack:
 
 @register_agent()
 class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX250S with RL4VLA's controller: as builtin.LightPanda's, but deltas accumulate on the commanded pose."""
+    """ManiSkill's WidowX250S with RL4VLA's controller: as builtin.LightPanda's, but deltas
+    accumulate on the commanded pose."""
 
     uid = "widowx_bridge"
     _sensor_configs = ()
@@ -159,17 +161,18 @@ class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
         return {"pd_ee_target_delta_pose": config}
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------ files
 HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
-FILES = (
-    Path(__file__).parent / "rl4vla_files.txt"
-)  # what the pack reads: "bytes path" in every line
+# What the pack reads: "bytes path" in every line
+FILES = Path(__file__).parent / "rl4vla_files.txt"
 
 
 def asset_folders() -> dict[str, Path]:
-    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt: directory}.
+    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt:
+    directory}.
 
-    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is fetched.
+    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is
+    fetched.
     """
     if "PAIR_VLA_ASSETS" in os.environ:
         root = Path(os.environ["PAIR_VLA_ASSETS"])
@@ -204,7 +207,8 @@ def faulty_assets() -> dict[Path, str]:
 
 
 def download():
-    """Fetches what is missing, asks nothing, and can be interrupted and started again. Raises OSError."""
+    """Fetches what is missing, asks nothing, and can be interrupted and started again. Raises
+    OSError."""
     from huggingface_hub import snapshot_download
     from mani_skill.utils.assets.data import DATA_SOURCES
     from mani_skill.utils.download_asset import download as download_zip
@@ -226,9 +230,10 @@ def download():
         download_zip(source, non_interactive=True)
 
 
-# ------------------------------------------------------------------------------------------------------ scripted oracle
+# ------------------------------------------------------------ scripted oracle
 def oracle(env) -> np.ndarray:
-    """One action (7,) float32 from privileged state; the phases of builtin's, with a hand that must be kept upright.
+    """One action (7,) float32 from privileged state; the phases of builtin's, with a hand that must
+    be kept upright.
 
     Deltas are counted from the commanded pose, as the controller counts them.
     """
@@ -286,7 +291,8 @@ def axis_angle(rotation) -> tuple[np.ndarray, float]:
 
 
 def upright(yaw: float) -> np.ndarray:
-    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y axis)."""
+    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y
+    axis)."""
     down, close = np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0])
     return np.stack([down, close, np.cross(down, close)], 1)
 
@@ -309,10 +315,12 @@ def surface(env) -> np.ndarray:
 
 
 def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
-    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of mass."""
+    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of
+    mass."""
     body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
     middle = (env.target_entity.pose * body.cmass_local_pose).p[:2]
-    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar is 2.1 cm above it.
+    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar
+    # is 2.1 cm above it.
     z = max(min((top + bottom) / 2, top - 0.004), TABLE_Z + 0.017, top - 0.019)
     slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
     axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]

@@ -1,10 +1,12 @@
-"""The task: "put {object} on plate" in ManiSkill3. One scene on a CPU; scenes/gpu.py has N at once on a GPU.
+"""The task: "put {object} on plate" in ManiSkill3. One scene on a CPU; scenes/gpu.py has N at once
+on a GPU.
 
-The rules and the reward (`evaluate`, `reward`) and the layout of an episode are written here once for both: what is a
-number or a numpy array in one scene is a torch tensor with N rows there.
+The rules and the reward (`evaluate`, `reward`) and the layout of an episode are written here once
+for both: what is a number or a numpy array in one scene is a torch tensor with N rows there.
 
-A scene shows what it is told: an `Episode` of envs.py. It never renders by itself: a picture is taken where a policy
-looks, and a changed view is one more picture. Physics does not notice a view, to the last bit (tested).
+A scene shows what it is told: an `Episode` of envs.py. It never renders by itself: a picture is
+taken where a policy looks, and a changed view is one more picture. Physics does not notice a view,
+to the last bit (tested).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ COS_85 = np.cos(np.deg2rad(85))
 
 @dataclass(frozen=True)
 class Light:
-    """Ambient light, a key light and two fill lights (B.2). Colours are linear RGB, directions point away from the light."""
+    """Ambient light, a key light and two fill lights (B.2). Colours are linear RGB, directions
+    point away from the light."""
 
     ambient: tuple = (0.3, 0.3, 0.3)
     key_direction: tuple = (0.0, 0.0, -1.0)
@@ -46,7 +49,8 @@ class Light:
 
 
 def held_out_lights(conditions) -> list[Light]:
-    """5 key directions x conditions (ambient, key, brightness of the fills). OPEN: the paper does not list its 20."""
+    """5 key directions x conditions (ambient, key, brightness of the fills). OPEN: the paper does
+    not list its 20."""
     lights = []
     for x, y, z in ((1, 0, -0.6), (-1, 0, -0.6), (0, 1, -0.6), (0, -1, -0.6), (0.3, 0.3, -1)):
         fills = ((-y - 0.3, x - 0.3, -1), (y + 0.3, 0.3 - x, -1))
@@ -57,7 +61,8 @@ def held_out_lights(conditions) -> list[Light]:
 
 
 def render_backend() -> str:
-    """What SAPIEN draws on: this rank's NVIDIA GPU where it can, else the CPU. Physics runs on the CPU either way."""
+    """What SAPIEN draws on: this rank's NVIDIA GPU where it can, else the CPU. Physics runs on the
+    CPU either way."""
     for device in (f"cuda:{LOCAL_RANK}", "cuda"):  # a launcher may show each rank one GPU only
         try:
             if sapien.Device(device).can_render():
@@ -79,9 +84,11 @@ def length(vectors):
 
 
 class PutOnPlate(BaseEnv):
-    """One scene. `reset(options=dict(episodes=[an Episode]))`, `step(action (7,))`, then `picture()` to look.
+    """One scene. `reset(options=dict(episodes=[an Episode]))`, `step(action (7,))`, then
+    `picture()` to look.
 
-    pack: a scenes/builtin.py or scenes/rl4vla.py. sample: (episode id, split name) -> Episode, for a reset without one.
+    pack: the PACK of scenes/builtin.py or scenes/rl4vla.py. sample: (episode id, split name) ->
+    Episode, for a reset without one.
     """
 
     SUPPORTED_OBS_MODES = ["none"]
@@ -122,7 +129,8 @@ class PutOnPlate(BaseEnv):
             builder.initial_pose = sapien.Pose(at)
             builder.build_static(name)
 
-        # Bodies are drawn in the order in which they are made. So the nearer come first: what they hide is not shaded.
+        # Bodies are drawn in the order in which they are made. So the nearer come first: what they
+        # hide is not shaded.
         builder = self.scene.create_actor_builder()
         builder.initial_pose = sapien.Pose()
         self.camera_mount = builder.build_kinematic("camera_mount")
@@ -182,7 +190,8 @@ class PutOnPlate(BaseEnv):
             lamp.entity.pose = sapien.Pose([0, 0, 0], turn)
 
     def camera_pose(self, degrees: float) -> sapien.Pose:
-        """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the paper says "rotation"."""
+        """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the
+        paper says "rotation"."""
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
         pack, center = self.pack, np.array([*self.pack.camera_center, 0])
@@ -224,7 +233,8 @@ class PutOnPlate(BaseEnv):
         self.success = self.success_once = zero > 0
 
     def poses_on_table(self, episode) -> dict[int, sapien.Pose]:
-        """Where an episode's objects begin: index of the object -> pose. The target is the first."""
+        """Where an episode's objects begin: index of the object -> pose. The target is the
+        first."""
         e, poses = episode, {}
         distractors = zip(e.distractors, e.distractor_xy, e.distractor_yaw)
         for i, xy, yaw in ((e.target, e.target_xy, e.target_yaw), *distractors):
@@ -266,7 +276,8 @@ class PutOnPlate(BaseEnv):
         return (abs(rotation[..., 2, :]) * size).sum(-1) / 2
 
     def _settle(self):
-        """The robot waits a metre up: until its controller is reset, after this, it still chases its last targets."""
+        """The robot waits a metre up: until its controller is reset, after this, it still chases
+        its last targets."""
         pack = self.pack
         self.agent.robot.set_pose(sapien.Pose(pack.base_pose.p + [0, 0, 1.0], pack.base_pose.q))
         self.agent.reset(init_qpos=pack.init_qpos)
@@ -287,9 +298,9 @@ class PutOnPlate(BaseEnv):
 
     # ------------------------------------------------------------------------------------ rules
     def evaluate(self):
-        """After every step (ManiSkill calls it). A grasp is ManiSkill's: each finger presses the target with 0.5 N or more,
-        within 85 degrees of the direction in which it closes. Success is RL4VLA's: the target touches the plate (> 0.03 N)
-        and lies over it."""
+        """After every step (ManiSkill calls it). A grasp is ManiSkill's: each finger presses the
+        target with 0.5 N or more, within 85 degrees of the direction in which it closes. Success is
+        RL4VLA's: the target touches the plate (> 0.03 N) and lies over it."""
         forces, offset = self.contact_forces(), self.offset_from_plate()
         pressure = length(forces)
         along = (forces[..., :2, :] * self.closing_directions()).sum(-1)
@@ -309,15 +320,16 @@ class PutOnPlate(BaseEnv):
         return dict(success=torch.as_tensor(self.success).reshape(self.num_envs))
 
     def reward(self):
-        """R_t - R_{t-1}; call once per step. Appendix B, with RL4VLA's values:
-        R_t = 0.1 ever grasped + 0.1 ever grasped for a few steps on end + 1.0 (success and ever grasped)."""
+        """R_t - R_{t-1}; call once per step. Appendix B, with RL4VLA's values: R_t = 0.1 ever
+        grasped + 0.1 ever grasped for a few steps on end + 1.0 (success and ever grasped)."""
         total = 0.1 * self.ever_grasped + 0.1 * self.ever_held
         total = total + 1.0 * (self.success & self.ever_grasped)
         reward, self.return_so_far = total - self.return_so_far, total
         return reward
 
     def contact_forces(self) -> np.ndarray:
-        """(3, 3) newtons that the two fingers and the plate exert on the target: one pass over the contact list."""
+        """(3, 3) newtons that the two fingers and the plate exert on the target: one pass over the
+        contact list."""
         others = [*self.fingers, self.plate_entity]
         forces = np.zeros((3, 3))
         for contact in self.scene.px.get_contacts():
@@ -345,7 +357,8 @@ class PutOnPlate(BaseEnv):
 
     # ------------------------------------------------------------------------------------ pictures
     def picture(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W) int16."""
+        """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W)
+        int16."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.camera.take_picture()
         rgb = self.camera.get_picture("Color")[..., :3]
@@ -355,7 +368,8 @@ class PutOnPlate(BaseEnv):
         return rgb, ids
 
     def foreground(self, ids: np.ndarray) -> np.ndarray:
-        """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the plate."""
+        """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the
+        plate."""
         keep = np.zeros(1024, bool)
         keep[[link.per_scene_id for link in self.links]] = True
         keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
@@ -389,7 +403,8 @@ class PutOnPlate(BaseEnv):
             mount.pose = before
 
     def empty_tables(self, tables: list[int]) -> np.ndarray:
-        """(len(tables), H, W, 3) uint8: tables without robot, objects and plate, under the training light and camera."""
+        """(len(tables), H, W, 3) uint8: tables without robot, objects and plate, under the training
+        light and camera."""
         bodies = [*self.links, *(actor._objs[0] for actor in self.objects), self.plate_entity]
         self.set_light(self.pack.lights[0])
         pictures = []
@@ -419,8 +434,9 @@ class PutOnPlate(BaseEnv):
     def drawn_at(entity, pose: sapien.Pose):
         """Draw one body at another pose, by moving its render nodes.
 
-        Setting the body's pose and setting it back is not the same thing: it drops PhysX's cached contacts, and the run
-        differs from the next step on. This way the simulator's state stays bit-identical (tested).
+        Setting the body's pose and setting it back is not the same thing: it drops PhysX's cached
+        contacts, and the run differs from the next step on. This way the simulator's state stays
+        bit-identical (tested).
         """
         relative = entity.pose.inv() * pose
         nodes = entity.find_component_by_type(RenderBodyComponent)._internal_node.children

@@ -1,7 +1,7 @@
 """N scenes spread over worker processes, one process per core: what `--sim cpu` runs.
 
-The main process samples episodes and sends actions; pictures come back through shared memory. A worker that fails or dies
-ends the run with one sentence, never a hang.
+The main process samples episodes and sends actions; pictures come back through shared memory. A
+worker that fails or dies ends the run with one sentence, never a hang.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def shared_row(size: int, views) -> np.dtype:
 
 
 def name_of(function) -> tuple[str, str]:
-    """A function defined at the top of a file, as (module, name): a worker finds it even in the running script."""
+    """A function defined at the top of a file, as (module, name): a worker finds it even in the
+    running script."""
     module = function.__module__
     return Path(sys.argv[0]).stem if module == "__main__" else module, function.__qualname__
 
@@ -50,21 +51,22 @@ def find(name: tuple[str, str]):
     return vars(importlib.import_module(name[0]))[name[1]]
 
 
-# ------------------------------------------------------------------------------------------ worker
+# ------------------------------------------------------------ worker
 def empty_tables(scenes, tables: list[int]) -> np.ndarray:
     return scenes[0].empty_tables(tables)
 
 
 def serve(conn_fd: int, memory_fd: int):
-    """A worker process: owns some of the scenes, obeys (command, argument) messages until the pipe closes."""
+    """A worker process: owns some of the scenes, obeys (command, argument) messages until the pipe
+    closes."""
     torch.set_num_threads(1)
     conn, scenes = Connection(conn_fd), []
     try:
         setup = conn.recv()
         make, assets, image_size = find(setup["make"]), setup["assets"], setup["image_size"]
         from scenes.task import (
-            render_backend,
-        )  # the simulator, which the main process need not import
+            render_backend,  # the simulator, which the main process need not import
+        )
 
         if render_backend() == "sapien_cpu":
             # Mesa draws in a thread of its own, which may be slow to wake on another core
@@ -116,18 +118,19 @@ def serve(conn_fd: int, memory_fd: int):
     except Exception:
         conn.send(("error", traceback.format_exc()))
     finally:
-        for scene in scenes[
-            :1
-        ]:  # here, because a busy machine's worker is killed before Python would
+        for scene in scenes[:1]:
+            # Here, because a busy machine's worker is killed before Python would
             scene.pack.clean_up()
 
 
-# ------------------------------------------------------------------------------------------ main process
+# ------------------------------------------------------------ main process
 class VecEnv:
-    """N scenes in worker processes, all at the same step of their episodes. envs.make_envs makes it.
+    """N scenes in worker processes, all at the same step of their episodes. envs.make_envs makes
+    it.
 
-    pack: the scenes' asset pack. make: (its name, image size) -> a scene, at the top of a file. sample: (episode id, split
-    name) -> Episode. views: name in the observation -> function of views.py.
+    pack: the scenes' asset pack. make: (its name, image size) -> a scene, at the top of a file.
+    sample: (episode id, split name) -> Episode. views: name in the observation -> function of
+    views.py.
     """
 
     def __init__(self, num_envs, pack, image_size, sample, make, views, num_workers):
@@ -153,7 +156,8 @@ class VecEnv:
         for i, slots in enumerate(self._slots):
             ours, theirs = socket.socketpair()
             fds = (theirs.fileno(), memory.fileno())
-            # A process group of its own: Ctrl-C is the main process's to handle, from the worker's first instant on
+            # A process group of its own: Ctrl-C is the main process's to handle, from the worker's
+            # first instant on
             process = subprocess.Popen([sys.executable, "-c", f"{code}{fds}"], pass_fds=fds,
                                        stdin=subprocess.DEVNULL, process_group=0)  # fmt: skip
             theirs.close()
@@ -176,7 +180,8 @@ class VecEnv:
                 self._died(process)
 
     def _gather(self) -> list:
-        """One answer from every worker, in order. A worker that failed or died ends the run with a Fault, never a hang."""
+        """One answer from every worker, in order. A worker that failed or died ends the run with a
+        Fault, never a hang."""
         answers = {}
         while len(answers) < len(self._workers):
             waiting = {
@@ -194,7 +199,8 @@ class VecEnv:
                     self.close()
                     if kind == "error":
                         print(answer, file=sys.stderr)
-                        answer = f"environment worker {i} failed, its traceback is above; nothing saved so far is lost"
+                        answer = f"environment worker {i} failed, its traceback is above"
+                        answer += "; nothing saved so far is lost"
                     raise Fault(answer)
                 answers[i] = answer
         return [answers[i] for i in range(len(self._workers))]
@@ -202,14 +208,12 @@ class VecEnv:
     def _died(self, process):
         code = process.wait()
         self.close()
-        killed = code < 0
-        how = (
-            f"was killed by {signal.Signals(-code).name}" if killed else f"exited with code {code}"
-        )
+        how = f"exited with code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
         hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
-        raise Fault(
-            f"environment worker {process.pid} {how}{hint}; the run cannot go on, but nothing saved so far is lost"
-        )
+        then = "the run cannot go on, but nothing saved so far is lost"
+        raise Fault(f"environment worker {process.pid} {how}{hint}; {then}")
 
     def _read(self, *names) -> dict:
         return {name: torch.from_numpy(self._arrays[name].copy()) for name in names}
@@ -219,12 +223,15 @@ class VecEnv:
 
         Args:
             episode_ids: N ints. split: one name for all, or N names.
-            rebuild: make the scenes anew (0.2 s each), so that the episode does not depend on what was simulated before, to
-                the last bit. Without it states differ by about 1e-8. Evaluation uses it, training does not.
+            rebuild: make the scenes anew (0.2 s each), so that the episode does not depend on what
+            was simulated before, to
+                the last bit. Without it states differ by about 1e-8. Evaluation uses it, training
+                does not.
             alter_seed: seeds what the rendered views draw, together with episode id and step.
-        Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq. (5)), state (N, 8)
-            float32, with `alter` rgb_alt and with `preserve` rgb_pre (N, H, W, 3) uint8. `self.instructions` holds N
-            sentences.
+        Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq.
+        (5)), state (N, 8)
+            float32, with `alter` rgb_alt and with `preserve` rgb_pre (N, H, W, 3) uint8.
+            `self.instructions` holds N sentences.
         """
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         assert len(episode_ids) == len(splits) == self.num_envs
@@ -236,11 +243,12 @@ class VecEnv:
         return self._read(*self._pictures)
 
     def step(self, actions: torch.Tensor):
-        """Carry out a chunk of actions (N, chunk, 7): metres and radians in the robot's base frame, gripper > 0 opens.
+        """Carry out a chunk of actions (N, chunk, 7): metres and radians in the robot's base frame,
+        gripper > 0 opens.
 
-        Rewards are summed over the chunk; steps past the end of the episode are not taken; one picture is rendered at
-        the end. Returns obs, reward (N,) float32, done (N,) bool, info: success, success_once, grasped (N,) bool,
-        episode_return (N,) float32.
+        Rewards are summed over the chunk; steps past the end of the episode are not taken; one
+        picture is rendered at the end. Returns obs, reward (N,) float32, done (N,) bool, info:
+        success, success_once, grasped (N,) bool, episode_return (N,) float32.
         """
         actions = actions[:, : self.max_episode_steps - self.elapsed]
         actions = actions.cpu().numpy().astype(np.float32)
@@ -254,16 +262,19 @@ class VecEnv:
         return self._read(*self._pictures), info.pop("reward"), done, info
 
     def backgrounds(self, tables=None) -> torch.Tensor:
-        """(K, H, W, 3) uint8: tables (default: those of training) with every object and the robot invisible."""
+        """(K, H, W, 3) uint8: tables (default: those of training) with every object and the robot
+        invisible."""
         tables = np.arange(self.pack.train_tables) if tables is None else np.array(tables)
         parts = np.array_split(tables, self.num_workers)
         pictures = self.map(empty_tables, *[(part.tolist(),) for part in parts])
         return torch.from_numpy(np.concatenate([part for part in pictures if len(part)]))
 
     def map(self, function, *args) -> list:
-        """function(scenes of the worker, *args[i]) in every worker i at once; returns one result per worker.
+        """function(scenes of the worker, *args[i]) in every worker i at once; returns one result
+        per worker.
 
-        `args` is one tuple of arguments per worker. `function` must be defined at the top of a file.
+        `args` is one tuple of arguments per worker. `function` must be defined at the top of a
+        file.
         """
         self._send([("map", (name_of(function), a)) for a in args])
         return self._gather()

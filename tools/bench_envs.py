@@ -1,12 +1,14 @@
-"""How fast is the simulator here? `python tools/bench_envs.py` prints a markdown table; both sides of every ratio in one run.
+"""How fast is the simulator here? `python tools/bench_envs.py` prints a markdown table; both sides
+of every ratio in one run.
 
-Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that a change of the
-machine's pace in mid-run meets both. Needs free cores: close what else is running. About five minutes.
+Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that
+a change of the machine's pace in mid-run meets both. Needs free cores: close what else is running.
+About five minutes.
 
-    python tools/bench_envs.py                   # against plain ManiSkill's PickCube-v1
-    python tools/bench_envs.py --assets rl4vla   # against ManiSkill's PutCarrotOnPlateInScene-v1, read out as RL4VLA does
-    python tools/bench_envs.py --settings        # what a step with a picture costs when one setting is as ManiSkill has it
-    python tools/bench_envs.py --pair            # an iteration of ppo_pair.py's default with and without the pair losses
+    python tools/bench_envs.py                 # against plain ManiSkill's PickCube-v1
+    python tools/bench_envs.py --assets rl4vla # against RL4VLA's PutCarrotOnPlateInScene-v1
+    python tools/bench_envs.py --settings      # a step with a picture, one setting as ManiSkill's
+    python tools/bench_envs.py --pair          # an iteration of ppo_pair.py without and with pairs
 """
 
 import dataclasses
@@ -57,7 +59,8 @@ class Args:
 
 
 def window(step, seconds: float) -> float:
-    """Calls step() for `seconds`; returns how many units per second it did (step returns its units)."""
+    """Calls step() for `seconds`; returns how many units per second it did (step returns its
+    units)."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         done += step()
@@ -80,7 +83,8 @@ PLAYING = {}  # which step function each vector environment is in the middle of 
 
 
 def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
-    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets are part of the time)."""
+    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets
+    are part of the time)."""
     episode = [0]
     rng = np.random.default_rng(0)
 
@@ -97,7 +101,8 @@ def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
 
 
 def plain_maniskill(assets: str, size: int):
-    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its scene at 640 x 480)."""
+    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its
+    scene at 640 x 480)."""
     name, camera, options = {
         "builtin": (
             "PickCube-v1",
@@ -125,7 +130,8 @@ def plain_maniskill(assets: str, size: int):
 
 
 def demonstrations(assets: str, size: int):
-    """sft.collect on one scene in this process, frames included, undisturbed; counts those that succeed."""
+    """sft.collect on one scene in this process, frames included, undisturbed; counts those that
+    succeed."""
     env = envs.make_env(assets, size)
     episode = [0]
 
@@ -161,7 +167,8 @@ SETTINGS = dict(
 
 
 def one_setting(conn, setting: str, args: Args):
-    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each message asks for a window."""
+    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each
+    message asks for a window."""
     torch.set_num_threads(1)
     if setting not in ("threads", "cores"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -219,7 +226,8 @@ def settings_table(args: Args):
 
 
 def iteration_table(args: Args):
-    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are windows."""
+    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are
+    windows."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = ppo_pair.Args(**ppo_pair.TABLE_3["openvla-tiny"])
     pair.target_kl = 0.0  # no update ends early
@@ -271,8 +279,9 @@ def main(args: Args):
         make(1, preserve=views.rerendered) as drawn,
     ):
         rate = medians(
-            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"), chunks=episodes(plain, chunk=5),
-            one=episodes(one), eight=episodes(eight), many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
+            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"),
+            chunks=episodes(plain, chunk=5), one=episodes(one), eight=episodes(eight),
+            many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
             demos=demonstrations(args.assets, size), compose=compositing(size),
         )  # fmt: skip
     pack = f"`{args.assets}`"

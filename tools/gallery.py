@@ -1,4 +1,5 @@
-"""One contact sheet: the same six episodes in every split, and the views of a frame with their mask.
+"""One contact sheet: the same six episodes in every split, and the views of a frame with their
+mask.
 
 python envs.py --gallery docs/gallery.png
 python envs.py --gallery docs/gallery_rl4vla.png --assets rl4vla
@@ -61,7 +62,8 @@ def pictures(env) -> list:
 
     rows = [(name, text, [reset(i, name) for i in range(6)], None) for name, text in ABOUT.items()]
     rows[0] = (*rows[0][:3], [f"episode {i}" for i in range(6)])
-    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
+    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty",
+                "o_pre = M o + (1 - M) b",
                 "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
     still = "task-preserving (Eq. 5)\nand task-altering view\nof a training frame"
     lifted = "the same with the target\nin the gripper: physics\ndoes not notice"
@@ -97,7 +99,8 @@ def pictures(env) -> list:
 
 
 def draw_sheet(file: str, assets: str, tile: int = 224):
-    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be written."""
+    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be
+    written."""
     if not file.endswith(".png"):
         raise Fault(f"{file}: the name must end in .png")
     try:

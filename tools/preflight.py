@@ -1,4 +1,5 @@
-"""Does this machine render? `python envs.py --check` runs this. Prints what is here, or what to install."""
+"""Does this machine render? `python envs.py --check` runs this. Prints what is here, or what to
+install."""
 
 import json
 import os
@@ -21,8 +22,8 @@ from envs import find_pack, make_env
 from runtime import Fault, command_line
 
 INSTALL = (
-    "install Mesa's lavapipe, version 24.3 or later: `make setup` does it on Debian and Ubuntu where it may use apt-get,"
-    " elsewhere it prints the commands"
+    "install Mesa's lavapipe, version 24.3 or later: `make setup` does it on Debian and Ubuntu"
+    " where it may use apt-get, elsewhere it prints the commands"
 )
 
 
@@ -33,7 +34,8 @@ class Args:
 
 
 def draw_two_frames(assets: str):
-    """Runs in a child process, because a broken driver may take its process down: prints one line of JSON."""
+    """Runs in a child process, because a broken driver may take its process down: prints one line
+    of JSON."""
     import sapien
 
     from scenes.task import render_backend
@@ -46,9 +48,8 @@ def draw_two_frames(assets: str):
     rgb, ids = env.picture()
     frame = time.perf_counter() - start
     device = sapien.render.get_device_summary().strip()
-    device += (
-        f"\nphysics on the CPU, pictures on {render_backend().removeprefix('sapien_').upper()}"
-    )
+    draws = render_backend().removeprefix("sapien_").upper()
+    device += f"\nphysics on the CPU, pictures on {draws}"
     # The mask comes from the second picture that a driver must be able to draw
     found = dict(contrast=float(rgb.std()), shown=float(env.foreground(ids).mean()))
     print(json.dumps(dict(found, device=device, first=first, frame=frame)))
@@ -68,8 +69,8 @@ def check(assets: str):
         gpu = f"{free:.1f} GB on {torch.cuda.get_device_name()}"
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores | free: {memory:.1f} GB memory, {disk:.1f} GB disk here | {gpu}")
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); from tools import preflight; preflight.draw_two_frames({assets!r})"
-    command = [sys.executable, "-c", code]
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); from tools import preflight"
+    command = [sys.executable, "-c", f"{code}; preflight.draw_two_frames({assets!r})"]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:

@@ -1,11 +1,14 @@
-"""How far apart are a policy's actions on paired views? `python tools/probe_kl.py CHECKPOINT [CHECKPOINT ...]`
+"""How far apart are a policy's actions on paired views? `python tools/probe_kl.py CHECKPOINT
+[CHECKPOINT ...]`
 
-The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is then asked about those very
-frames, actions and views, so that the rows differ by the weights alone. Mean KL in nats (over a decision's dimensions and
-over frames) and its change against the first checkpoint: of the mean, in which a few frames weigh much,
-and of a typical frame (the geometric mean), in %; both with 95 % intervals by a bootstrap over episodes:
+The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is
+then asked about those very frames, actions and views, so that the rows differ by the weights alone.
+Mean KL in nats (over a decision's dimensions and over frames) and its change against the first
+checkpoint: of the mean, in which a few frames weigh much, and of a typical frame (the geometric
+mean), in %; both with 95 % intervals by a bootstrap over episodes:
 
-held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv should lower
+held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv
+should lower
 moved target     o against the target drawn elsewhere: what L_sen should keep up
 unrelated        o against another episode's frame: falls too when a policy stops looking
 """
@@ -43,7 +46,8 @@ class Args:
 def main(args: Args):
     first = policies.load_policy(args.backbone, args.checkpoints[0])
     pack = find_pack(args.assets)
-    # Of episodes, as many at once as one process can hold scenes: of each its (obs, instructions, rgb_pre, latent)
+    # Of episodes, as many at once as one process can hold scenes: of each its (obs, instructions,
+    # rgb_pre, latent)
     rounds = []
     ids = episode_ids("eval", 0, 0, args.episodes)
     torch.manual_seed(0)
