@@ -51,12 +51,9 @@ from transforms3d.euler import euler2quat
 import builtin
 import rl4vla
 from rl4vla import TABLE_Z
+from runtime import Fault
 
 ENV_ID = "PairVLA-PutOnPlate-v0"
-
-
-class Fault(Exception):
-    """Something the user can mend: one sentence that says what is wrong and what to do. Command lines exit with 2 on it."""
 
 
 # ------------------------------------------------------------ Splits and episodes (paper Appendix B, section 5.5)

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,6 +40,8 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from tyro.conf import Positional
 
+import runtime
+
 BACKBONES = ("openvla", "openvla-tiny", "pi0", "pi05", "pi05-tiny")
 DEFAULT_CHECKPOINT = {  # "name@revision" pins it
     "openvla": "gen-robot/openvla-7b-rlvla-warmup",
@@ -57,8 +60,26 @@ LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
 ]  # fmt: skip
 
 
-class PolicyError(ValueError):
-    """One sentence for the user: what is wrong, and what to do."""
+PolicyError = runtime.Fault
+
+
+@dataclass
+class PolicyArgs:
+    """STUB until the branch that splits this file is merged."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    unnorm_key: str | None = None
+    tokenizer: str | None = None
+    base: str | None = None
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    lora_targets: tuple[str, ...] | None = None
+    gradient_checkpointing: bool = False
+    horizon: int | None = None
+    replan: int | None = None
+    denoise_steps: int | None = None
+    noise_level: float | None = None
+    sde_steps: Literal["one", "all"] | None = None
 
 
 class Decision(NamedTuple):
@@ -1586,6 +1607,7 @@ def load_policy(backbone, checkpoint=None, *, base=None, dtype=None, device="cpu
     adapter brings its own, and a contradiction is an error. tokenizer: a tokenizer.json, if not the checkpoint's.
     settings: those of FLOW_SETTINGS; None leaves the checkpoint's.
     """
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if backbone not in BACKBONES:
         raise PolicyError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     tiny, model = backbone.endswith("-tiny"), OpenVLA if backbone.startswith("openvla") else Pi0

@@ -38,6 +38,7 @@ from tqdm import tqdm
 import envs as sim
 import evaluate
 import policies
+import runtime
 import sft
 import views
 
@@ -235,7 +236,7 @@ def value_loss(newvalue, oldvalue, returns, value_clip):
 
 def all_reduce(x):
     """The sum of a tensor over all ranks; alone, the tensor."""
-    evaluate.collective(dist.all_reduce, x)
+    runtime.collective(dist.all_reduce, x)
     return x
 
 
@@ -681,7 +682,7 @@ def main(args: Args):
             "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
         )
     box = [args]
-    evaluate.collective(dist.broadcast_object_list, box)
+    runtime.collective(dist.broadcast_object_list, box)
     args, run_dir = box[0], Path(box[0].run_dir)
 
     resumed = newest_checkpoint(run_dir) if args.resume else None

@@ -28,6 +28,7 @@ import envs
 import evaluate
 import policies
 import ppo_pair
+import runtime
 
 ROOT = Path(__file__).parents[1]
 FLAGS = """--num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
@@ -157,6 +158,7 @@ def ranks(world, function, tmp_path, code=0):
     def child(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        runtime.RANK, runtime.WORLD = rank, world
         ppo_pair.RANK, ppo_pair.WORLD, ppo_pair.LOCAL_RANK, ppo_pair.LOCAL_WORLD = (
             rank,
             world,
