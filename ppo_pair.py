@@ -424,7 +424,8 @@ def main(args: Args):
                                 f"length, {envs.max_episode_steps}")  # fmt: skip
         composite = args.pre_view == "composite" and (args.inv_coef or args.augment)
         backgrounds = envs.backgrounds().to(device) if composite else None
-        frames = envs.reset(runtime.train_ids(args, 1, 1), train_split(args), alter_seed=args.seed)
+        ids = list(runtime.train_ids(args, 1, 1))
+        frames = envs.reset(ids, train_split(args), alter_seed=args.seed)
         runtime.check_weights(policy)
         sight = runtime.Sight(policy, frames, envs.instructions, trainer)
 
