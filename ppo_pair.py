@@ -19,13 +19,11 @@ policies.py. What every long run needs and no paper describes is in runtime.py.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -380,13 +378,13 @@ def main(args: Args):
         runtime.make_run_dir(args)
     runtime.join_ranks(device)
     args = runtime.from_rank_0(args)
-    run_dir, own = Path(args.run_dir), runtime.own_slots(args.num_envs)
-    resumed = runtime.newest_checkpoint(run_dir) if args.resume else None
+    own = runtime.own_slots(args.num_envs)  # of the environments
 
     # ---------------------------------------------------------------- policy and optimizer
     runtime.seed_all(args.seed)
-    start = resumed or args.checkpoint
-    policy = policies.load_policy(args.backbone, start, device=device, **vars(args.policy))
+    resumed = runtime.newest_checkpoint(Path(args.run_dir)) if args.resume else None
+    saved = resumed or args.checkpoint
+    policy = policies.load_policy(args.backbone, saved, device=device, **vars(args.policy))
     policy.detach_value = args.detach_value
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
@@ -395,21 +393,7 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
     target = policies.SlowCopy(policy, args.inv_target_rate)
     order = torch.Generator()  # of the samples in an update: the same on all ranks
-
-    # ---------------------------------------------------------------- resume
-    # success and unrelated_kl: of every iteration; best: the highest mean of 8 successes, and where
-    trainer = dict(iteration=0, success=[], unrelated_kl=[], best=(-1.0, 0), sight=None)
-    if resumed:
-        trainer = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(trainer["optimizer"])
-        target.load(trainer["target"])
-        print(f"going on from {resumed}", file=sys.stderr)
-
-    def save() -> Path:
-        best = (float(np.mean(trainer["success"][-8:])), trainer["iteration"])
-        trainer["best"] = max(tuple(trainer["best"]), best)
-        trainer.update(optimizer=optimizer.state_dict(), target=target.state())
-        return runtime.save_checkpoint(run_dir, policy, args, trainer)
+    state = runtime.RunState(args, policy, optimizer, target, resumed)
 
     # ---------------------------------------------------------------- environments
     envs = sim.make_envs(
@@ -417,20 +401,17 @@ def main(args: Args):
         image_size=policy.image_size, alter=views.task_altering if args.sen_coef else None,
         preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
     )  # fmt: skip
-    with envs, runtime.RunLog(args, trainer["iteration"]) as log, runtime.sigterm_stops():
-        rounds, left_over = divmod(args.num_steps, envs.max_episode_steps)
-        if left_over:
-            raise runtime.Fault(f"--num-steps {args.num_steps} must be a multiple of the episode "
-                                f"length, {envs.max_episode_steps}")  # fmt: skip
+    with envs, runtime.RunLog(args, state.iteration) as log, runtime.sigterm_stops():
+        rounds = runtime.whole_episodes(args.num_steps, envs.max_episode_steps)
         composite = args.pre_view == "composite" and (args.inv_coef or args.augment)
         backgrounds = envs.backgrounds().to(device) if composite else None
         ids = list(runtime.train_ids(args, 1, 1))
         frames = envs.reset(ids, train_split(args), alter_seed=args.seed)
         runtime.check_weights(policy)
-        sight = runtime.Sight(policy, frames, envs.instructions, trainer)
+        sight = runtime.Sight(policy, frames, envs.instructions, state)
 
         # ------------------------------------------------------------ loop
-        for iteration in range(trainer["iteration"] + 1, args.iterations + 1):
+        for iteration in range(state.iteration + 1, args.iterations + 1):
             t0 = time.time()
             runtime.seed_all(args.seed, iteration, runtime.RANK)
             order.manual_seed(args.seed * 1_000_000 + iteration)
@@ -445,12 +426,12 @@ def main(args: Args):
             batch, stats = rollout(args, policy, envs, ids, device, rebuild, backgrounds)
             if batch is None:
                 break
-            t1, before = time.time(), runtime.snapshot(policy, optimizer)
+            t1, before = time.time(), state.snapshot()
             losses = update(
                 args, policy, optimizer, batch, backgrounds, target.policy, warming, order
             )
             if losses is None:  # cut short: as if it had not begun
-                runtime.restore(policy, optimizer, before)
+                state.restore(before)
                 break
             target.follow()
             runtime.check_weights(policy)
@@ -458,20 +439,18 @@ def main(args: Args):
             t2, decisions = time.time(), len(batch["logprobs"]) * args.num_envs / len(own)
             stats |= losses | dict(unrelated_kl=sight.unrelated_kl(policy), rollout_seconds=t1 - t0)
             stats |= dict(update_seconds=t2 - t1, decisions_per_second=decisions / (t2 - t0))
-            trainer["iteration"] = iteration
-            for name in ("success", "unrelated_kl"):
-                trainer[name].append(stats[name])
-            log.write(iteration, stats, trainer["success"], warming)
-            runtime.check_collapse(trainer, args.critic_warmup)
+            state.record(iteration, stats)
+            log.write(iteration, stats, state.success, warming)
+            runtime.check_collapse(state, args.critic_warmup)
             if iteration % args.save_every == 0 or iteration == args.iterations:
-                saved = save()
-        done = trainer["iteration"]
-        if done < args.iterations and done % args.save_every:
-            save()
+                saved = state.save()
+        stopped = state.iteration < args.iterations
+        if stopped and state.iteration % args.save_every:
+            state.save()
 
     # ---------------------------------------------------------------- final table
-    if done < args.iterations:
-        runtime.say_how_to_go_on(run_dir, done)
+    if stopped:
+        state.say_how_to_go_on()
     elif args.eval_episodes:
         table = evaluate.Args(checkpoint=str(saved), num_episodes=args.eval_episodes)
         table.num_envs, table.temperature = min(16, args.eval_episodes), args.temperature_eval

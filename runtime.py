@@ -413,25 +413,65 @@ def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
     return path
 
 
-def say_how_to_go_on(run_dir: Path, iteration: int):
-    if RANK == 0:
-        then = f"go on with: python ppo_pair.py --resume {run_dir}"
-        then = then if iteration else "nothing is there to resume yet"
-        print(f"stopped by SIGTERM after iteration {iteration}; {then}")
+class RunState:
+    """What a resumed run goes on from, beside the policy's weights.
+
+    success and unrelated_kl: of every iteration (of unrelated_kl the start's before them). best: the
+    highest mean of 8 successes at a checkpoint, and its iteration. sight: the latents of `Sight`.
+    """
+
+    NAMES = ("iteration", "success", "unrelated_kl", "best", "sight")
+
+    def __init__(self, args, policy, optimizer, target, resumed: Path | None):
+        self.args, self.policy, self.optimizer, self.target = args, policy, optimizer, target
+        self.iteration, self.success, self.unrelated_kl = 0, [], []
+        self.best, self.sight = (-1.0, 0), None
+        if resumed:
+            saved = torch.load(
+                resumed / "trainer.pt", map_location=policy.device, weights_only=True
+            )
+            for name in self.NAMES:
+                setattr(self, name, saved[name])
+            optimizer.load_state_dict(saved["optimizer"])
+            target.load(saved["target"])
+            print(f"going on from {resumed}", file=sys.stderr)
+
+    def record(self, iteration: int, stats: dict):
+        self.iteration = iteration
+        self.success.append(stats["success"])
+        self.unrelated_kl.append(stats["unrelated_kl"])
+
+    def save(self) -> Path:
+        self.best = max(tuple(self.best), (float(np.mean(self.success[-8:])), self.iteration))
+        trainer = {name: getattr(self, name) for name in self.NAMES}
+        trainer |= dict(optimizer=self.optimizer.state_dict(), target=self.target.state())
+        return save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
+
+    def snapshot(self):
+        """What one update changes, copied to the CPU: one that SIGTERM cuts short is undone."""
+        if RANK > 0:  # rank 0 saves
+            return None
+        weights = {k: p.detach().cpu().clone() for k, p in self.policy.named_parameters()
+                   if p.requires_grad}  # fmt: skip
+        return weights, copy.deepcopy(self.optimizer.state_dict())
+
+    def restore(self, before):
+        if before is not None:
+            self.policy.load_state_dict(before[0], strict=False)
+            self.optimizer.load_state_dict(before[1])
+
+    def say_how_to_go_on(self):
+        if RANK == 0:
+            then = f"go on with: python ppo_pair.py --resume {self.args.run_dir}"
+            then = then if self.iteration else "nothing is there to resume yet"
+            print(f"stopped by SIGTERM after iteration {self.iteration}; {then}")
 
 
-def snapshot(policy, optimizer):
-    """What one update changes, copied to the CPU: an update that SIGTERM cuts short is undone."""
-    if RANK > 0:
-        return None
-    weights = {k: p.detach().cpu().clone() for k, p in policy.named_parameters() if p.requires_grad}
-    return weights, copy.deepcopy(optimizer.state_dict())
-
-
-def restore(policy, optimizer, before):
-    if before is not None:
-        policy.load_state_dict(before[0], strict=False)
-        optimizer.load_state_dict(before[1])
+def whole_episodes(num_steps: int, length: int) -> int:
+    """How many episodes of `length` steps make up --num-steps."""
+    if num_steps % length:
+        raise Fault(f"--num-steps {num_steps} must be a multiple of the episode length, {length}")
+    return num_steps // length
 
 
 # ------------------------------------------------------------------------------------------ SIGTERM
@@ -580,15 +620,15 @@ class Sight:
     """
 
     @torch.no_grad()
-    def __init__(self, policy, obs: dict, instructions: list[str], trainer: dict, n=64):
+    def __init__(self, policy, obs: dict, instructions: list[str], state: RunState, n=64):
         device = policy.device
         self.obs, self.instructions = (
             {k: v[:n].to(device) for k, v in obs.items()},
             instructions[:n],
         )
-        if trainer["sight"] is None:
-            trainer["sight"] = policy.act(self.obs, self.instructions).latent
-        self.latent = trainer["sight"]
+        if state.sight is None:
+            state.sight = policy.act(self.obs, self.instructions).latent
+        self.latent = state.sight
         views = {
             "a black and a white image": [torch.full_like(self.obs["rgb"], v) for v in (0, 255)]
         }
@@ -597,8 +637,8 @@ class Sight:
         for what, pair in views.items():
             if self.kl(policy, *pair).max() < 1e-9:
                 raise Fault(f"the policy does not see: {what} give the same actions")
-        if not trainer["unrelated_kl"]:
-            trainer["unrelated_kl"].append(self.unrelated_kl(policy))  # of the start
+        if not state.unrelated_kl:
+            state.unrelated_kl.append(self.unrelated_kl(policy))  # of the start
 
     @torch.no_grad()
     def kl(self, policy, rgb, other):
@@ -618,11 +658,11 @@ BLIND = 0.5  # of the start's KL between unrelated frames
 LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at least
 
 
-def check_collapse(trainer: dict, warmup: int):
+def check_collapse(state: RunState, warmup: int):
     """Stop a run that destroys its policy. The thresholds: none of the 18 healthy runs in results/
     comes near (the worst keeps 0.85 of its success), the one that collapsed trips after 17 of 24."""
-    start, *unrelated = trainer["unrelated_kl"]
-    success, warmup = trainer["success"], max(warmup, 1)
+    start, *unrelated = state.unrelated_kl
+    success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:
         return
     if np.mean(unrelated[-WINDOW:]) < BLIND * start:

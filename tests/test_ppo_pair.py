@@ -2,6 +2,7 @@
 
 import copy
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -487,11 +488,11 @@ def recorded(file):
 
 def fires(success, unrelated, warmup=3):
     for i in range(1, len(success) + 1):
-        trainer = dict(
+        state = types.SimpleNamespace(
             success=success[:i], unrelated_kl=[np.mean(unrelated[:warmup]), *unrelated[:i]]
         )
         try:
-            runtime.check_collapse(trainer, warmup)
+            runtime.check_collapse(state, warmup)
         except runtime.Fault as fault:
             return i, str(fault)
     return None
@@ -528,14 +529,16 @@ def test_a_parameter_that_would_not_learn_stops_the_run():
 
 def test_a_policy_that_does_not_see_does_not_start():
     policy, obs, tasks = toy_policy_with_seed(), Toy(4).look(), ["put red cube on plate"] * 4
-    trainer = dict(sight=None, unrelated_kl=[])
-    sight = runtime.Sight(policy, obs, tasks, trainer)
-    assert trainer["unrelated_kl"] == [sight.unrelated_kl(policy)]  # the same frames and latents
+
+    def fresh():
+        return types.SimpleNamespace(sight=None, unrelated_kl=[])
+
+    state = fresh()
+    sight = runtime.Sight(policy, obs, tasks, state)
+    assert state.unrelated_kl == [sight.unrelated_kl(policy)]  # the same frames and latents
     with pytest.raises(runtime.Fault, match="the target here and there"):
-        runtime.Sight(
-            policy, dict(obs, rgb_alt=obs["rgb"]), tasks, dict(sight=None, unrelated_kl=[])
-        )
+        runtime.Sight(policy, dict(obs, rgb_alt=obs["rgb"]), tasks, fresh())
     torch.nn.init.zeros_(policy.projector["fc3"].weight)
     with pytest.raises(runtime.Fault, match="black and a white image"):
-        runtime.Sight(policy, obs, tasks, dict(sight=None, unrelated_kl=[]))
+        runtime.Sight(policy, obs, tasks, fresh())
     assert sight.unrelated_kl(policy) < 1e-9
