@@ -8,8 +8,12 @@ and of a typical frame (the geometric mean), in %; both with 95 % intervals by a
 held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv should lower
 moved target     o against the target drawn elsewhere: what L_sen should keep up
 unrelated        o against another episode's frame: falls too when a policy stops looking
+
+--records FILE writes one JSON object per checkpoint and episode, with the KLs of its frames in order: what
+`tools/figures.py kl` draws.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +26,9 @@ import tyro
 from tyro.conf import Positional
 
 import envs
-import evaluate
 import policies
 import views
+from runtime import episode_ids, write_text
 
 HELD_OUT_TABLES = [16, 17, 18, 19, 20]
 
@@ -37,13 +41,15 @@ class Args:
     """episodes of the split train"""
     backbone: str = "openvla-tiny"
     """of all checkpoints"""
+    records: str = ""
+    """where to write the KLs of every frame, as JSON lines"""
 
 
 @torch.no_grad()
 def main(args: Args):
     first = policies.load_policy(args.backbone, args.checkpoints[0])
     rounds = []  # of episodes, as many at once as one process can hold scenes: of each its (obs, instructions, rgb_pre, latent)
-    ids = evaluate.eval_episode_ids(args.episodes)
+    ids = list(episode_ids("eval", 0, 0, args.episodes))
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
         frames = []
@@ -82,6 +88,7 @@ def main(args: Args):
     def interval(change):  # (N,) of episodes -> its mean, low, high
         return change.mean(), *np.quantile(change[resampled].mean(1), [0.025, 0.975])
 
+    lines = []
     for directory in args.checkpoints:
         policy, kls = policies.load_policy(args.backbone, directory), []
         for frames in rounds:
@@ -101,6 +108,14 @@ def main(args: Args):
                 )
             kls.append(torch.stack(of_round, 1))
         kls = torch.cat(kls, 2).numpy()  # (3, T, N)
+        for i, episode_id in enumerate(ids):
+            names = zip(("held_out_tables", "moved_target", "unrelated"), kls[:, :, i])
+            of_episode = {name: [float(f"{value:.4g}") for value in kl] for name, kl in names}
+            lines.append(
+                json.dumps({"checkpoint": directory, "episode_id": episode_id} | of_episode)
+            )
+        if args.records:
+            write_text(Path(args.records), "\n".join(lines) + "\n")
         reference = kls if reference is None else reference
         cells = []
         for kl, was in zip(kls, reference):
