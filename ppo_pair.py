@@ -151,7 +151,7 @@ class Args:
     max_grad_norm: float
     """maximum norm of the gradient (RL4VLA 10, RLinf 1)"""
     target_kl: float
-    """end an iteration's update before a step whose approx KL(old || new) is above this; 0: never"""
+    """end an iteration's update before a step whose approx KL(old || new) is above it; 0: never"""
     critic_warmup: int
     """first iterations, in which only the value head learns"""
     warmup_epochs: int
@@ -289,7 +289,7 @@ def gae(rewards, values, dones, gamma, gae_lambda):
 def update(
     args, policy, optimizer, batch, backgrounds=None, target=None, warming=False, generator=None
 ):
-    """PPO and the two pair losses on one rollout -> means of its statistics. None: a rank must stop.
+    """PPO and the two pair losses on one rollout -> means of statistics. None: a rank must stop.
 
     backgrounds (K, H, W, 3) uint8 of Eq. (5); None where the environments have drawn rgb_pre.
     target: the policy that gives pi(.|o_pre,l) in Eq. (2); None: `policy`. warming: only the value
