@@ -17,19 +17,26 @@ import torch
 
 from runtime import Fault
 
-SIZE, PAD = 32, 4  # pixels along a side; a margin around it, so that what leaves the picture needs no special case
+SIZE, PAD = 32, 4  # pixels along a side; a margin, so that nothing leaves the picture
 MOVE = 12.0  # pixels along each axis that the largest action moves the hand
 METRES = 0.06  # what the simulator calls that action
 TOUCH = 2.5  # pixels along each axis: nearer than this, two things touch
 GAP = 7  # pixels along one axis between any two things at the start, where there is room
 START = (2, 16)  # row and column of the hand
 
-COLOURS = dict(red=(220, 30, 30), green=(30, 170, 40), blue=(40, 60, 230), yellow=(235, 220, 40), purple=(150, 40, 190))
+COLOURS = dict(
+    red=(220, 30, 30),
+    green=(30, 170, 40),
+    blue=(40, 60, 230),
+    yellow=(235, 220, 40),
+    purple=(150, 40, 190),
+)
 ROW, COLUMN = np.mgrid[-3:4, -3:4]
 SHAPES = dict(
     cube=(abs(ROW) <= 2) & (abs(COLUMN) <= 2),
     ball=ROW**2 + COLUMN**2 <= 7,
-    cross=(abs(ROW) + abs(COLUMN) <= 3) & ((abs(ROW) < 1) | (abs(COLUMN) < 1) | (abs(ROW) + abs(COLUMN) < 3)),
+    cross=(abs(ROW) + abs(COLUMN) <= 3)
+    & ((abs(ROW) < 1) | (abs(COLUMN) < 1) | (abs(ROW) + abs(COLUMN) < 3)),
     l=((abs(COLUMN + 1.5) < 1) | (abs(ROW - 1.5) < 1)) & (abs(ROW) <= 2) & (abs(COLUMN) <= 2),
     bar=(abs(ROW) <= 1) & (abs(COLUMN) <= 3),
 )
@@ -49,7 +56,13 @@ def texture(i: int) -> np.ndarray:
     rng = np.random.default_rng([11, i])
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     colours = rng.integers(30, 226, (2, 3))
-    a, b, phase, u, v = rng.uniform(1, 4), rng.uniform(1, 4), rng.uniform(0, 6), rng.uniform(), rng.uniform()
+    a, b, phase, u, v = (
+        rng.uniform(1, 4),
+        rng.uniform(1, 4),
+        rng.uniform(0, 6),
+        rng.uniform(),
+        rng.uniform(),
+    )
     weight = (
         lambda: (np.sin(2 * np.pi * (a * x + b * y) + phase) + 1) / 2,
         lambda: (np.floor(x * (a + 3)) + np.floor(y * (b + 3))) % 2,
@@ -74,7 +87,9 @@ class FlatPack:
     """What there is. The first TRAIN_... of each are for training, the rest is held out."""
 
     name, image_size, max_episode_steps = "flat", SIZE, 6
-    kinds = list(map(tuple, np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS])))
+    kinds = list(
+        map(tuple, np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS]))
+    )
     names = [" ".join(kind) for kind in kinds]
     train_objects, train_tables, train_lights = 16, 16, 1
     textures = np.stack([texture(i) for i in range(21)])
@@ -86,12 +101,18 @@ class FlatPack:
 
 
 PACK = FlatPack()
-TABLES = np.pad(pixels(PACK.textures, False), ((0, 0), (PAD, PAD), (PAD, PAD)))  # (21, SIZE + 2 PAD, SIZE + 2 PAD)
+TABLES = np.pad(
+    pixels(PACK.textures, False), ((0, 0), (PAD, PAD), (PAD, PAD))
+)  # (21, SIZE + 2 PAD, SIZE + 2 PAD)
 SPRITES = np.stack([SHAPES[shape] for _, shape in PACK.kinds])  # (25, 7, 7) bool
 PAINT = np.array([COLOURS[colour] for colour, _ in PACK.kinds])  # (25, 3)
 WHITE, BLACK = pixels((245, 245, 245), True), pixels((20, 20, 20), True)
-WIDE = np.stack(np.meshgrid(*[np.arange(3, SIZE - 3)] * 2, indexing="ij"), -1).reshape(-1, 2)  # (676, 2) where things may lie
-SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(1)  # in training; the rest is the ring of the split `pose`
+WIDE = np.stack(np.meshgrid(*[np.arange(3, SIZE - 3)] * 2, indexing="ij"), -1).reshape(
+    -1, 2
+)  # (676, 2) where things may lie
+SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(
+    1
+)  # in training; the rest is the ring of the split `pose`
 
 
 def chance(*key) -> np.ndarray:
@@ -115,24 +136,47 @@ def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
     ids, i = np.asarray(episode_ids, np.int64)[:, None], np.arange(len(episode_ids))
     count = np.array([s.distractors for s in splits])
     target = (chance(ids, 0) * PACK.train_objects).astype(int)  # (N, 1)
-    others = chance(ids, 1, np.arange(PACK.train_objects)) + (np.arange(PACK.train_objects) == target)
-    others, strange = others.argsort(1), PACK.train_objects + chance(ids, 2, np.arange(25 - PACK.train_objects)).argsort(1)
+    others = chance(ids, 1, np.arange(PACK.train_objects)) + (
+        np.arange(PACK.train_objects) == target
+    )
+    others, strange = (
+        others.argsort(1),
+        PACK.train_objects + chance(ids, 2, np.arange(25 - PACK.train_objects)).argsort(1),
+    )
     k = np.arange(max(count, default=0))  # which distractor
-    known = (count - count // 2 * np.array([s.held_out_objects for s in splits]))[:, None]  # how many are of training
-    kinds = np.where(k < known, others[:, : len(k)], np.take_along_axis(strange, np.maximum(k - known, 0), 1))
+    known = (count - count // 2 * np.array([s.held_out_objects for s in splits]))[
+        :, None
+    ]  # how many are of training
+    kinds = np.where(
+        k < known, others[:, : len(k)], np.take_along_axis(strange, np.maximum(k - known, 0), 1)
+    )
     kinds = np.where(k < count[:, None], kinds, -1)
 
     # Each thing takes the point that is farthest from the others, up to GAP; among those one of the square, then any.
     ring = np.array([s.held_out_poses for s in splits])[:, None]
-    at, nearest = [], np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1))  # (N, 676)
+    at, nearest = (
+        [],
+        np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1)),
+    )  # (N, 676)
     for thing in range(2 + len(k)):  # plate, target, distractors
         wanted = (SQUARE ^ ring if thing == 1 else SQUARE) * (100.0 if thing < 3 else 0.5)
-        point = WIDE[(nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2).argmax(1)]
+        point = WIDE[
+            (nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2).argmax(1)
+        ]
         at.append(point)
         nearest = np.minimum(nearest, abs(WIDE - point[:, None]).max(2))
-    table = np.where([s.held_out_tables for s in splits], 16 + chance(ids, 20)[:, 0] * 5, chance(ids, 21)[:, 0] * 16)
+    table = np.where(
+        [s.held_out_tables for s in splits],
+        16 + chance(ids, 20)[:, 0] * 5,
+        chance(ids, 21)[:, 0] * 16,
+    )
     light = np.where([s.held_out_lights for s in splits], 1 + chance(ids, 22)[:, 0] * 20, 0)
-    return dict(objects=np.concatenate([target, kinds], 1), at=np.stack(at, 1), table=table.astype(int), light=light.astype(int))
+    return dict(
+        objects=np.concatenate([target, kinds], 1),
+        at=np.stack(at, 1),
+        table=table.astype(int),
+        light=light.astype(int),
+    )
 
 
 def stamp(canvas, where, sprites, colour):
@@ -165,7 +209,11 @@ class FlatEnvs:
             raise Fault("--assets flat has no camera that turns: leave --pre-view camera and camera splits out")
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
         self.ids, self.alter_seed, self.elapsed = np.asarray(episode_ids, np.int64), alter_seed, 0
-        self.target, self.table, self.light = episode["objects"][:, 0], episode["table"], episode["light"]
+        self.target, self.table, self.light = (
+            episode["objects"][:, 0],
+            episode["table"],
+            episode["light"],
+        )
         self.instructions = [f"put {PACK.names[i]} on plate" for i in self.target]
         self.plate, self.at = episode["at"][:, 0].astype(float), episode["at"][:, 1].astype(float)
         self.hand = np.tile(np.float64(START), (self.num_envs, 1))
@@ -175,7 +223,12 @@ class FlatEnvs:
         self.still = TABLES[self.table]  # what does not move in an episode is drawn once
         stamp(self.still, self.plate, PLATE, WHITE)
         for kind, where in zip(episode["objects"].T[1:], episode["at"].swapaxes(0, 1)[2:]):
-            stamp(self.still, where, SPRITES[kind] & (kind >= 0)[:, None, None], pixels(PAINT[kind], False))
+            stamp(
+                self.still,
+                where,
+                SPRITES[kind] & (kind >= 0)[:, None, None],
+                pixels(PAINT[kind], False),
+            )
         return self.look()
 
     def step(self, actions: torch.Tensor):
@@ -196,7 +249,12 @@ class FlatEnvs:
         info = dict(success=self.success, success_once=self.success, grasped=self.best_streak >= 1)
         info = {name: torch.from_numpy(value.copy()) for name, value in info.items()}
         info["episode_return"] = torch.from_numpy(total).float()
-        return self.look(), reward, torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps), info
+        return (
+            self.look(),
+            reward,
+            torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps),
+            info,
+        )
 
     def look(self) -> dict:
         rgb, mask = self.draw(self.still.copy(), self.at)
@@ -204,11 +262,19 @@ class FlatEnvs:
         state[:, :2], state[:, 2] = self.hand / SIZE, self.held
         obs, begin = dict(rgb=rgb, mask=mask, state=state), time.perf_counter()
         if "rgb_alt" in self.views:
-            u, angle = chance(self.alter_seed, self.ids, self.elapsed, [[0], [1]])  # Box and Muller: two normal numbers
-            away = self.alter_sigma * np.sqrt(-2 * np.log1p(-u)) * [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
+            u, angle = chance(
+                self.alter_seed, self.ids, self.elapsed, [[0], [1]]
+            )  # Box and Muller: two normal numbers
+            away = (
+                self.alter_sigma
+                * np.sqrt(-2 * np.log1p(-u))
+                * [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
+            )
             obs["rgb_alt"] = self.draw(self.still.copy(), np.clip(self.at + away.T, 3, SIZE - 4))[0]
         if "rgb_pre" in self.views:
-            bare = TABLES[(chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables).astype(int)]
+            bare = TABLES[
+                (chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables).astype(int)
+            ]
             stamp(bare, self.plate, PLATE, WHITE)
             obs["rgb_pre"] = self.draw(bare, self.at)[0]
         self.view_seconds += time.perf_counter() - begin
@@ -218,7 +284,11 @@ class FlatEnvs:
         """Target at `at` and hand on what is there -> (N, SIZE, SIZE, 3) uint8, M (N, SIZE, SIZE) bool."""
         stamp(canvas, at, SPRITES[self.target], pixels(PAINT[self.target], True))
         stamp(canvas, self.hand, HAND, BLACK)
-        canvas = np.ascontiguousarray(canvas[:, PAD:-PAD, PAD:-PAD]).view(np.uint8).reshape(-1, SIZE, SIZE, 4)
+        canvas = (
+            np.ascontiguousarray(canvas[:, PAD:-PAD, PAD:-PAD])
+            .view(np.uint8)
+            .reshape(-1, SIZE, SIZE, 4)
+        )
         rgb, mask = np.ascontiguousarray(canvas[..., :3]), canvas[..., 3] > 0
         if self.light.any():
             rgb = (rgb * PACK.lights[self.light]).clip(0, 255).astype(np.uint8)

@@ -22,7 +22,8 @@ def test_equation_5_pixel_by_pixel():
     rgb = torch.randint(0, 256, (6, 9, 7, 3), dtype=torch.uint8, generator=random)
     mask = torch.rand((6, 9, 7), generator=random) < 0.5
     tables = torch.randint(0, 256, (5, 9, 7, 3), dtype=torch.uint8, generator=random)
-    got = views.task_preserving(rgb, mask, tables, torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    got = views.composite(rgb, mask, tables)
     k = torch.randint(5, (6,), generator=torch.Generator().manual_seed(1))
     want = np.zeros((6, 9, 7, 3), np.uint8)
     for b in range(6):
@@ -41,7 +42,7 @@ def test_every_background_is_drawn_equally_often():
         torch.full((n, 1, 1, 3), 99, dtype=torch.uint8),
         torch.zeros(n, 1, 1, dtype=torch.bool),
     )
-    drawn = views.task_preserving(rgb, mask, tables)
+    drawn = views.composite(rgb, mask, tables)
     counts = torch.bincount(drawn[:, 0, 0, 0].long(), minlength=16)
     assert len(counts) == 16 and (counts - 1000).abs().max() < 150  # 5 sigma
 
@@ -227,7 +228,7 @@ def test_composite_and_rerender_agree(scene, start, pack, held):
         np.array_equal(env.picture()[0], rgb) and env.table_now == env.episode.table != table
     )  # all is as before
     background = torch.from_numpy(env.empty_tables([table]))
-    composite = views.task_preserving(
+    composite = views.composite(
         torch.from_numpy(rgb)[None], torch.from_numpy(mask)[None], background
     )[0].numpy()
     assert np.array_equal(composite[mask], rerender[mask])
@@ -273,7 +274,7 @@ def test_vectorised_views():
         assert torch.equal(first["rgb_pre"][first["mask"]], first["rgb"][first["mask"]])
         action = torch.zeros(2, 2, 7)
         later = vec.step(action)[0]
-        tables = views.backgrounds(vec)
+        tables = vec.backgrounds()
         swapped = vec.reset([4, 3], rebuild=True, alter_seed=5)
         assert all(torch.equal(swapped[k].flip(0), first[k]) for k in first)
         assert all(torch.equal(vec.step(action)[0][k].flip(0), later[k]) for k in ("rgb",))

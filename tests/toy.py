@@ -15,12 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import envs
 import policies
 import ppo_pair
+import runtime
+from backbones.openvla import OPENVLA_TINY
+from backbones.pi0 import PI, PI05_TINY, PI_KIND
+from backbones.tokenizers import WordTokenizer
 
 
 class Toy:
     """The right action is written in the image: move towards the bright side. Two steps per episode; the second one's
     picture is new, so credit has to go to the right step. A picture depends on episode id and step alone. Same interface
-    as scenes.workers.VecEnv."""
+    as envs.VecEnv."""
 
     max_episode_steps, num_workers, view_seconds = 2, 1, 0.0
 
@@ -68,8 +72,11 @@ class Toy:
         )
 
     def backgrounds(self):
-        grey = 10 * torch.arange(16, dtype=torch.uint8)
-        return grey[:, None, None, None].expand(16, self.size, self.size, 3)
+        return (
+            torch.arange(16, dtype=torch.uint8)
+            .mul(10)[:, None, None, None]
+            .expand(16, self.size, self.size, 3)
+        )
 
     def __enter__(self):
         return self
@@ -80,7 +87,7 @@ class Toy:
 
 def toy_policy(backbone="openvla-tiny"):
     if backbone == "openvla-tiny":
-        config = copy.deepcopy(policies.OPENVLA_TINY)
+        config = copy.deepcopy(OPENVLA_TINY)
         config["image_sizes"] = [16, 16]
         config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                       num_key_value_heads=2)  # fmt: skip
@@ -88,18 +95,16 @@ def toy_policy(backbone="openvla-tiny"):
             embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16]
         )
         config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
-        policy = policies.OpenVLA(config)
+        policy = policies.TokenPolicy(config)
     else:
-        config = (
-            policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
-        )
+        config = PI | PI_KIND["pi05"] | PI05_TINY | {"model_type": "pi05"}
         config |= dict(image_size=16, patch=8, stem=[16, 16], vis_width=32, vis_depth=1, vis_mlp=64, depth=1, head_dim=16,
                        vlm_width=32, vlm_mlp=64, exp_width=32, exp_mlp=64)  # fmt: skip
-        policy = policies.Pi0(config)
+        policy = policies.FlowPolicy(config)
     policy.init_from_scratch()
     policy.init_value_head()
     policy.use_norm_stats("builtin")
-    policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
+    policy.tokenizer = WordTokenizer(config["_word_vocab"])
     return policy.eval()
 
 
@@ -109,19 +114,10 @@ def in_float64(x, original=torch.Tensor.float):
     return original(x) if x.dtype == torch.int64 else x.double()
 
 
-def make_envs(
-    num_envs,
-    assets="builtin",
-    *,
-    image_size=None,
-    num_workers=None,
-    alter=None,
-    preserve=None,
-    sim="cpu",
-):
+def make_envs(num_envs, assets="builtin", *, image_size=None, **others):
     return Toy(num_envs, image_size, seconds=float(os.environ.get("TOY_SECONDS", 0)))
 
 
 if __name__ == "__main__":
     envs.make_envs = make_envs
-    ppo_pair.command_line()
+    runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))

@@ -13,6 +13,7 @@ moved target     o against the target drawn elsewhere: what L_sen should keep up
 unrelated        o against another episode's frame: falls too when a policy stops looking
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from tyro.conf import Positional
 import policies
 import views
 from envs import find_pack, make_envs
-from runtime import command_line, episode_ids
+from runtime import command_line, episode_ids, write_text
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Args:
     """of all checkpoints"""
     assets: str = "builtin"
     """asset pack"""
+    records: str = ""
+    """where to write the KLs of every frame, as JSON lines: what `tools/figures.py kl` draws"""
 
 
 @torch.no_grad()
@@ -59,8 +62,9 @@ def main(args: Args):
             tables = vec.backgrounds(range(pack.train_tables, pack.num_tables))
             while not done.all():
                 decision = first.act(obs, vec.instructions)
-                generator = torch.Generator().manual_seed(len(frames))
-                rgb_pre = views.task_preserving(obs["rgb"], obs["mask"], tables, generator)
+                with torch.random.fork_rng():
+                    torch.manual_seed(len(frames))
+                    rgb_pre = views.composite(obs["rgb"], obs["mask"], tables)
                 obs = {k: v.clone() for k, v in obs.items()}
                 frames.append((obs, list(vec.instructions), rgb_pre, decision.latent))
                 obs, _, done, _ = vec.step(decision.actions)
@@ -75,6 +79,7 @@ def main(args: Args):
     def interval(change):  # (N,) of episodes -> its mean, low, high
         return change.mean(), *np.quantile(change[resampled].mean(1), [0.025, 0.975])
 
+    lines = []
     for directory in args.checkpoints:
         policy, kls = policies.load_policy(args.backbone, directory), []
         for frames in rounds:
@@ -87,6 +92,12 @@ def main(args: Args):
                 of_round.append(torch.stack(kl))
             kls.append(torch.stack(of_round, 1))
         kls = torch.cat(kls, 2).numpy()  # (3, T, N)
+        for i, episode_id in enumerate(ids):
+            values = zip(("held_out_tables", "moved_target", "unrelated"), kls[:, :, i])
+            record = {name: [float(f"{value:.4g}") for value in kl] for name, kl in values}
+            lines.append(json.dumps({"checkpoint": directory, "episode_id": episode_id} | record))
+        if args.records:
+            write_text(Path(args.records), "\n".join(lines) + "\n")
         reference = kls if reference is None else reference
         cells = []
         for kl, was in zip(kls, reference):
