@@ -185,7 +185,7 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 # ------------------------------------------------------------ Environments
 # --assets -> the module that has its PACK
-PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla"}
+PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla", "flat": "scenes.flat"}
 
 
 def find_pack(assets: str):
@@ -257,8 +257,16 @@ def make_envs(
     if num_envs < 1:
         raise Fault(f"--num-envs is {num_envs}: it must be at least 1")
     pack = find_pack(assets)
-    sample = partial(sample_episode, pack=pack)
     views = {name: view for name, view in (("rgb_alt", alter), ("rgb_pre", preserve)) if view}
+    if assets == "flat":  # no simulator, all in this process
+        from scenes.flat import FlatEnvs
+
+        if image_size not in (None, pack.image_size):
+            wanted = f"{image_size} x {image_size}"
+            raise Fault(f"--assets flat is drawn in 32 x 32 pixels and this backbone wants {wanted}: "
+                        "use a backbone whose name ends in -flat")  # fmt: skip
+        return FlatEnvs(num_envs, parse_split, views)
+    sample = partial(sample_episode, pack=pack)
     if choose_sim(sim) == "cuda":
         from scenes.gpu import CudaVecEnv
 

@@ -15,10 +15,9 @@ import time
 import numpy as np
 import torch
 
-SIZE, PAD = (
-    32,
-    4,
-)  # pixels along a side; a margin around it, so that what leaves the picture needs no special case
+from runtime import Fault
+
+SIZE, PAD = 32, 4  # pixels along a side; a margin, so that nothing leaves the picture
 MOVE = 12.0  # pixels along each axis that the largest action moves the hand
 METRES = 0.06  # what the simulator calls that action
 TOUCH = 2.5  # pixels along each axis: nearer than this, two things touch
@@ -201,11 +200,13 @@ class FlatEnvs:
         self.num_envs, self.parse_split, self.views = num_envs, parse_split, views
         self.instructions, self.view_seconds = [], 0.0
 
-    def reset(self, episode_ids, split="train", exact=False, alter_seed=0) -> dict:
-        """Start one episode per environment. split: one name for all, or N names. exact: nothing here is anything else."""
+    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
+        """Start one episode per environment. split: one name for all, or N names. rebuild: nothing to."""
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         assert len(episode_ids) == len(splits) == self.num_envs
         known = {name: self.parse_split(name) for name in set(splits)}
+        if any(s.cameras != (0.0,) for s in known.values()):
+            raise Fault("--assets flat has no camera that turns: leave --pre-view camera and camera splits out")
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
         self.ids, self.alter_seed, self.elapsed = np.asarray(episode_ids, np.int64), alter_seed, 0
         self.target, self.table, self.light = (
@@ -293,9 +294,10 @@ class FlatEnvs:
             rgb = (rgb * PACK.lights[self.light]).clip(0, 255).astype(np.uint8)
         return rgb, mask
 
-    def backgrounds(self) -> np.ndarray:
-        """(16, SIZE, SIZE, 3) uint8: the training tables with nothing on them."""
-        return PACK.textures[: PACK.train_tables].copy()
+    def backgrounds(self, tables=None) -> torch.Tensor:
+        """(K, SIZE, SIZE, 3) uint8: tables (default: those of training) with nothing on them."""
+        tables = range(PACK.train_tables) if tables is None else tables
+        return torch.from_numpy(PACK.textures[list(tables)])
 
     def oracle(self) -> torch.Tensor:
         """Actions (N, 1, 7) from what the scene is now: to the target, and with it to the plate."""

@@ -189,6 +189,10 @@ def test_wrong_arguments():
             envs.make_envs(**wrong)
     with pytest.raises(Fault, match="nothing"):
         envs.make_env("nothing")
+    with pytest.raises(Fault, match="32 x 32 pixels .* wants 96 x 96: .*-flat"):
+        envs.make_envs(2, "flat", image_size=96)
+    with pytest.raises(Fault, match="no camera that turns"):
+        envs.make_envs(2, "flat").reset([0, 1], "camera+20")
 
 
 # ---------------------------------------------------------------------------------------------------- assets (no simulator)
@@ -783,9 +787,12 @@ def test_command_line_errors(flags, words):
     assert "Traceback" not in run.stderr
 
 
-def test_splits_and_packs_need_no_simulator():
-    """envs.py and views.py are imported where neither ManiSkill nor SAPIEN is."""
-    code = "import sys; sys.modules.update(dict.fromkeys(('mani_skill', 'sapien', 'gymnasium')));"
-    code += "import envs, views; envs.parse_split('pose'); assert envs.choose_sim('cpu') == 'cpu'"
+def test_flatland_needs_no_simulator():
+    """It runs where neither ManiSkill nor SAPIEN can be imported."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('mani_skill', 'sapien', 'gymnasium')))\n"
+    code += "import envs, views\nassert envs.choose_sim('cpu') == 'cpu'\n"
+    code += "vec = envs.make_envs(2, 'flat', alter=views.task_altering, image_size=32)\n"
+    code += "assert vec.reset([0, 1], 'pose')['rgb_alt'].shape == (2, 32, 32, 3)\n"
+    code += "assert views.backgrounds(vec).shape == (16, 32, 32, 3)\n"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
