@@ -1,29 +1,39 @@
-"""Evaluate a checkpoint on the training split and the out-of-distribution (OOD) splits of the paper's Tables 1 and 2.
+"""Evaluate a checkpoint on the training split and the out-of-distribution (OOD) splits.
 
-    python evaluate.py --checkpoint runs/pair/final                         # all splits, 128 episodes each
-    python evaluate.py --checkpoint runs/pair/final --splits train clutter-8 --num-episodes 32 --video 4
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/pair/final    # the same files, sooner
-    python evaluate.py --compare runs/ppo/final/eval runs/pair/final/eval   # paired difference, B minus A
+    python evaluate.py --checkpoint runs/pair                               # its newest checkpoint
+    python evaluate.py --checkpoint runs/pair --splits train clutter-8 --num-episodes 32 --video 4
+    python evaluate.py --checkpoint OWNER/NAME --backbone openvla           # from the Hub
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/pair          # the same files, sooner
+    python evaluate.py --checkpoint runs/pair --ablate black                # does it use its eyes?
+    python evaluate.py --compare runs/ppo runs/pair                         # B - A, paired
+    python evaluate.py --compare PPO=runs/ppo_1,runs/ppo_2 PAIR=runs/pair_1,runs/pair_2
+    python evaluate.py --plan 9.1                                           # seeds and episodes
+    python tools/tables.py PPO=runs/ppo_1,runs/ppo_2 PAIR=runs/pair_1,runs/pair_2  # Tables 1 and 2
 
-Writes `episodes.jsonl` (one JSON object per episode) and `table.md` into `<checkpoint>/eval`, or `--out`.
+Writes into `<checkpoint>/eval`, or `--out`: `episodes.jsonl` (one JSON object per episode, with the
+protocol it was played under), `table.md`, and `eval_info.json` with LeRobot's keys. A second
+evaluation into the same folder replaces the splits that it plays and keeps the others.
 
-* success_once: the task was solved at some step of the episode (RLinf's metric, the headline here).
-  success_at_end: it is solved at the last step (RL4VLA's metric). The two can be far apart, so every table has both.
-* Every rate carries its 95 % Wilson interval: 128 episodes leave +-5 to +-9 points.
-* An episode is a pure function of (split, episode id): two checkpoints meet the same scenes and are compared in pairs.
-* Actions are sampled at temperature 0.6, as RL4VLA and RLinf do (`--temperature 0` is argmax). The noise depends on
-  (seed, split, batch) alone: the same checkpoint, flags and machine give the same file again.
-* The paper's rates are multiples of 1/384 (OpenVLA: 128 episodes x 3) and 1/480 (pi0.5: 160 x 3). `--num-episodes 128
-  --seeds 0 1 2` is that size. Each seed brings fresh episodes, so all of them count as independent in the interval.
+* success_once: the task was solved at some step of the episode (RLinf's metric, the headline).
+  success_at_end: it is solved at the last step (RL4VLA's). Every table has both.
+* An episode is a pure function of (split, episode id): two checkpoints meet the same scenes and are
+  compared in pairs. The noise depends on (seed, split, batch) alone: the same checkpoint, flags and
+  machine give the same file again.
+* Actions are sampled at temperature 0.6, as RL4VLA and RLinf do (`--temperature 0` is argmax).
+* The paper's rates are multiples of 1/384 (OpenVLA: 128 episodes x 3) and 1/480 (pi0.5: 160 x 3).
+* OOD average: as Table 1, the mean over kinds of shift, where clutter is the mean over its levels.
+  A camera counts as OOD from above 20 degrees on (Section 5.5).
+* Records of an earlier version hold no protocol. They are refused with a sentence: evaluate again.
 """
 
+import functools
 import json
 import math
 import os
-import sys
+import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,22 +43,28 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from envs import SPLITS, Fault, choose_sim, make_envs, parse_split
+import runtime
+from envs import SPLITS, choose_sim, make_envs, parse_split
+from policies import PolicyArgs, load_policy
+from runtime import Fault, episode_ids, read_json, write_text
 
-EVAL_EPISODES_START = (
-    1_000_000_000  # training uses the ids below, so no evaluation episode was ever trained on
-)
-EPISODES_PER_SEED = 1_000_000  # seed s evaluates the ids EVAL_EPISODES_START + s * EPISODES_PER_SEED + (0, 1, 2, ...)
+METRICS = ("success_once", "success_at_end")
+# What must be equal for two records to be comparable. `checkpoint` is recorded beside it.
+PROTOCOL = ("backbone", "assets", "sim", "temperature", "num_envs", "horizon", "replan", "steps",
+            "dtype", "ablate")  # fmt: skip
+TRAINING_CAMERAS = 20  # degrees: Section 5.5 trains on 0 to 20 and tests up to 28
 
 
 @dataclass
 class Args:
     checkpoint: str = ""
-    """the checkpoint directory to evaluate (required, except with --compare)"""
+    """a checkpoint, a run directory (its newest whole checkpoint), or OWNER/NAME[@REVISION] on the
+    Hub (required, except with --compare and --plan)"""
     backbone: str = ""
     """the policy class; needed only if the checkpoint has no args.json that names it"""
+    policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
     splits: tuple[str, ...] = tuple(SPLITS)
-    """train and the OOD splits of Appendix B, and camera+N or camera-N for a turned camera (Section 5.5)"""
+    """train and the OOD splits of Appendix B, and camera+N or camera-N (Section 5.5)"""
     num_episodes: int = 128
     """episodes per split and seed (the paper: 128 for OpenVLA; its pi0.5 numbers fit 160)"""
     seeds: tuple[int, ...] = (0,)
@@ -56,92 +72,99 @@ class Args:
     temperature: float = 0.6
     """sampling temperature of the action tokens; 0 is argmax"""
     num_envs: int = 16
-    """environments that run side by side (part of the sampling noise: keep it to get the same file again)"""
+    """environments that run side by side (part of the sampling noise)"""
     assets: str = ""
     """asset pack (default: the one in the checkpoint's args.json, or builtin)"""
     out: str = ""
-    """output directory (default: <checkpoint>/eval)"""
+    """output directory (default: <checkpoint>/eval, with --ablate black <checkpoint>/eval-black)"""
     video: int = 0
     """number of mp4s per split, of its first episodes, with the outcome in the file name"""
+    ablate: Literal["none", "black", "noise", "other-frame", "other-instruction"] = "none"
+    """replace an input: the picture by black, by noise or by another episode's of the same batch,
+    or the instruction by another's. A policy that scores as well does not use that input"""
     sim: Literal["cpu", "cuda", "auto"] = "cpu"
     """physics, as for ppo_pair.py"""
     cuda: bool = True
     """if toggled, the policy runs on the GPU where there is one"""
-    compare: tuple[str, str] | None = None
-    """A B: two episodes.jsonl (or their directories); prints the paired difference B - A and evaluates nothing"""
+    compare: tuple[str, ...] | None = None
+    """two or more arms, each RUN or NAME=RUN,RUN,...: how the others differ from the first"""
+    plan: float | None = None
+    """POINTS: prints how many seeds and episodes it takes to see a difference of that size"""
 
 
-def eval_episode_ids(num_episodes: int, seed: int = 0) -> list[int]:
-    """The fixed evaluation episodes of one seed. The first n ids do not depend on num_episodes."""
-    start = EVAL_EPISODES_START + seed * EPISODES_PER_SEED
-    return list(range(start, start + num_episodes))
-
-
+# ----------------------------------------------------------------------------- playing episodes
 def noise_seed(seed: int, split: str, batch: int) -> int:
-    """One torch seed per (seed, split, batch). crc32, because Python's hash of a str changes with every process."""
+    """crc32, because Python's hash of a str changes with every process."""
     return zlib.crc32(f"{seed}/{split}/{batch}".encode())
 
 
-def evaluate(
-    policy,
-    envs,
-    split,
-    episode_ids,
-    temperature,
-    video_dir=None,
-    num_videos=0,
-    seed=0,
-    bar=None,
-    rank=0,
-    world=1,
-) -> list[dict]:
-    """Run each episode once; one record per episode, in the order of `episode_ids`. `bar`: a tqdm that counts episodes.
+def ablated(obs: dict, instructions: list[str], ablate: str, noise: torch.Generator):
+    """What the policy gets to see and read instead of obs and instructions."""
+    rgb = obs["rgb"]
+    if ablate == "black":
+        rgb = torch.zeros_like(rgb)
+    elif ablate == "noise":
+        rgb = torch.randint(256, rgb.shape, generator=noise, dtype=torch.uint8).to(rgb.device)
+    elif ablate == "other-frame":
+        rgb = rgb.roll(1, 0)
+    elif ablate == "other-instruction":
+        n = len(instructions)
+        if len(set(instructions)) == 1:
+            raise Fault(f"a batch of {n} episodes has one instruction only: use more --num-envs")
+        following = [[instructions[(i + k) % n] for k in range(n)] for i in range(n)]
+        instructions = [next(other for other in row if other != row[0]) for row in following]
+    return {**obs, "rgb": rgb}, instructions
 
-    Of `world` ranks each plays every world-th batch; together their records are those of one.
-    The caller's random state is the same afterwards: a training run with evaluations inside equals one without.
+
+@torch.no_grad()
+def play_episodes(policy, envs, split, episode_ids, temperature, seed=0, ablate="none", *,
+                  video_dir=None, num_videos=0, bar=None, rank=0, world=1):  # fmt: skip
+    """Play each episode once -> one record per episode, in the order of `episode_ids`.
+
+    bar: a tqdm that counts episodes. Of `world` ranks each plays every world-th batch; together
+    their records are those of one. The caller's random state is the same afterwards: a training run
+    with evaluations inside equals one without.
     """
-    records = []
-    for batch, first in enumerate(range(0, len(episode_ids), envs.num_envs)):
+    records, n = [], envs.num_envs
+    for batch, first in enumerate(range(0, len(episode_ids), n)):
         if batch % world != rank:
             continue
-        ids = list(episode_ids[first : first + envs.num_envs])
-        # All environments step together: the last batch is filled up with repeated ids, whose records are dropped.
-        padded = [ids[i % len(ids)] for i in range(envs.num_envs)]
+        # All environments step together: the last batch is filled up from the start of the list,
+        # and the records of those episodes are dropped.
+        ids = list(episode_ids[first : first + n])
+        padded = [episode_ids[(first + i) % len(episode_ids)] for i in range(n)]
         num_filmed = max(0, min(len(ids), num_videos - first))
         frames = []  # (num_filmed, H, W, 3) for each instant at which the policy looked
         steps = 0  # env steps
+        noise = torch.Generator().manual_seed(noise_seed(seed, split, batch))  # of --ablate noise
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(noise_seed(seed, split, batch))
-            obs = envs.reset(padded, split, exact=True)
+            obs = envs.reset(padded, split, rebuild=True)
             instructions = list(envs.instructions)
             while steps < envs.max_episode_steps:
-                frames.append(obs["rgb"][:num_filmed].cpu().numpy().copy())
-                actions = policy.act(obs, instructions, temperature).actions  # (N, chunk, 7)
+                shown, said = ablated(obs, instructions, ablate, noise)
+                frames.append(shown["rgb"][:num_filmed].cpu().numpy().copy())
+                actions = policy.act(shown, said, temperature).actions  # (N, chunk, 7)
                 obs, _, done, info = envs.step(actions)
                 steps = min(steps + actions.shape[1], envs.max_episode_steps)
             frames.append(obs["rgb"][:num_filmed].cpu().numpy().copy())
         assert done.all(), "every episode ends at max_episode_steps"
 
         for i, episode_id in enumerate(ids):
-            records.append(
-                {
-                    "split": split,
-                    "episode_id": int(episode_id),
-                    "seed": seed,
-                    "instruction": instructions[i],
-                    "success_once": bool(info["success_once"][i]),
-                    "success_at_end": bool(info["success"][i]),
-                    "steps": steps,
-                    "sum_reward": float(
-                        info["episode_return"][i]
-                    ),  # the return, under LeRobot's name
-                }
-            )
+            records.append({
+                "split": split,
+                "episode_id": int(episode_id),
+                "seed": seed,
+                "instruction": instructions[i],
+                "success_once": bool(info["success_once"][i]),
+                "success_at_end": bool(info["success"][i]),
+                "steps": steps,
+                "sum_reward": float(info["episode_return"][i]),  # the return, under LeRobot's name
+            })  # fmt: skip
         for i, record in enumerate(records[-len(ids) :][:num_filmed]):
             outcome = "success" if record["success_once"] else "failure"
-            write_video(
-                Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4", [frame[i] for frame in frames]
-            )
+            file = Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4"
+            write_video(file, [frame[i] for frame in frames])
         if bar is not None:
             successes = sum(record["success_once"] for record in records)
             bar.set_postfix_str(f"{split}: success {successes}/{len(records)}", refresh=False)
@@ -149,19 +172,127 @@ def evaluate(
     return records
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], upscale: int = 4, fps: int = 5) -> None:
-    """mp4 of what the policy saw: frames (H, W, 3) uint8, each pixel a square so that small ones can be watched."""
+def write_video(path: Path, frames: Sequence[np.ndarray], upscale: int = 4, fps: int = 5):
+    """mp4 of what the policy saw: frames (H, W, 3) uint8, each pixel a square, to be watched."""
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(
-        path, fps=fps, macro_block_size=2
-    ) as video:  # 2: H.264 needs even sides, no more than that
+    # 2: H.264 needs even sides, no more than that
+    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
         for frame in frames:
             video.append_data(frame.repeat(upscale, axis=0).repeat(upscale, axis=1))
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+# ------------------------------------------------------------------------------------- records
+KINDS = {"split": str, "episode_id": int, "seed": int, "instruction": str, "success_once": bool,
+         "success_at_end": bool, "sum_reward": float}  # fmt: skip
+
+
+def find_records(path: str | Path) -> Path:
+    """The episodes.jsonl of a file, its directory, a checkpoint, or a run's newest checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if runtime.checkpoints(path) and not (path / "episodes.jsonl").exists():
+        path = runtime.newest_checkpoint(path)
+    inside = path / "eval" / "episodes.jsonl"
+    return inside if inside.exists() else path / "episodes.jsonl"
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """The records of one run, see find_records."""
+    path, records = find_records(path), {}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"cannot read {path} ({error}): evaluate first, or name another run") from None
+    for i, line in enumerate(lines, start=1):
+        again = "delete the file and evaluate again"
+        try:
+            record = json.loads(line)
+            key = record["split"], record["episode_id"], record["seed"]
+            assert all(type(record[name]) is kind for name, kind in KINDS.items())
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise Fault(f"{path}, line {i}, is not an episode record: {again}") from None
+        first = next(iter(records.values()), record)
+        for name in (*PROTOCOL, "checkpoint"):
+            if name not in record:
+                raise Fault(f"{path}, line {i}, is of an earlier version and lacks {name}: {again}")
+            if (here := record[name]) != (there := first[name]):
+                raise Fault(f"{path}, line {i}: {name} is {here}, {there} in line 1: {again}")
+        if key in records:
+            raise Fault(f"{path}, line {i}, repeats episode {key[1]} of {key[0]}: {again}")
+        records[key] = record
+    if not records:
+        raise Fault(f"{path} holds no episodes: evaluate again")
+    return list(records.values())
+
+
+def check_protocol(arms: dict[str, Sequence[Sequence[dict]]]):
+    """Refuse arms of runs that were not evaluated in the same way.
+
+    `ablate` may differ between arms where all are of the same checkpoints.
+    """
+    checkpoints = [{run[0]["checkpoint"] for run in runs} for runs in arms.values()]
+    same = checkpoints.count(checkpoints[0]) == len(arms)
+    first = next(iter(arms.values()))[0][0]
+    for runs in arms.values():
+        for run in runs:
+            expected = first | {"ablate": runs[0][0]["ablate"]} if same else first
+            for name in PROTOCOL:
+                if run[0][name] != expected[name]:
+                    raise Fault(
+                        f"{name} is {expected[name]} for {first['checkpoint']} and {run[0][name]} "
+                        f"for {run[0]['checkpoint']}: evaluate both in the same way to compare them"
+                    )
+
+
+def grouped(records: Sequence[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    return groups
+
+
+def lerobot_info(records: Sequence[dict]) -> dict:
+    """The content of LeRobot's eval_info.json: a group is a split, a task of it is a seed."""
+
+    def summary(records):
+        k, n = sum(record["success_once"] for record in records), len(records)
+        return {
+            "n_episodes": n,
+            "n_success": k,
+            "pc_success": 100 * k / n,
+            "pc_success_ci95": [100 * bound for bound in wilson(k, n)],
+            "avg_sum_reward": sum(record["sum_reward"] for record in records) / n,
+        }
+
+    per_task = []
+    for (split, seed), of_task in grouped(records, "split", "seed").items():
+        metrics = {
+            "sum_rewards": [record["sum_reward"] for record in of_task],
+            "successes": [record["success_once"] for record in of_task],
+        }
+        names = {"task_group": split, "task_id": seed}
+        per_task.append(names | {"metrics": metrics} | summary(of_task))
+    per_group = {key[0]: summary(group) for key, group in grouped(records, "split").items()}
+    return {"per_task": per_task, "per_group": per_group, "overall": summary(records)}
+
+
+def write_results(out: Path, records: Sequence[dict]) -> str:
+    """episodes.jsonl, eval_info.json and table.md -> the text of table.md."""
+    write_text(out / "episodes.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_text(out / "eval_info.json", json.dumps(lerobot_info(records), indent=2) + "\n")
+    first = records[0]
+    protocol = ", ".join(f"{name} {first[name]}" for name in PROTOCOL)
+    seeds = " ".join(map(str, sorted({record["seed"] for record in records})))
+    table = f"{ood_table(records)}\n\n{first['checkpoint']}: {protocol}, seeds {seeds}."
+    write_text(out / "table.md", table + " Intervals: 95 %.\n")
+    return table
+
+
+# ---------------------------------------------------------------------------------- statistics
+def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a success rate: every p with (k/n - p)^2 <= z^2 p (1 - p) / n.
 
     Unlike k/n +- z sqrt(...), it stays inside [0, 1] and has a length even at 0 of n and n of n.
@@ -173,263 +304,315 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def split_names(records: Sequence[dict]) -> list[str]:
-    """The splits in order of first appearance."""
-    return list(dict.fromkeys(record["split"] for record in records))
-
-
 def shift_of(split: str) -> str:
-    """clutter-4 -> clutter, camera+20 -> camera: a kind of shift counts once in the OOD average."""
-    return split.split("-")[0].split("+")[0]
+    """clutter-4 -> clutter, camera+24 -> camera: a kind of shift counts once in the OOD average."""
+    return re.split("[+-]", split)[0]
+
+
+def is_ood(split: str) -> bool:
+    if shift_of(split) == "camera":  # one turned camera, beyond those of training
+        degrees = re.fullmatch(r"camera[+-](\d+(?:\.\d+)?)", split)
+        return degrees is not None and float(degrees[1]) > TRAINING_CAMERAS
+    return split in SPLITS and split != "train"
 
 
 def ood_weights(splits: Sequence[str]) -> dict[str, float]:
-    """Weight of each split in the OOD average; as in Table 1, clutter is averaged over its levels first."""
-    shifts = [shift_of(split) for split in splits if split != "train"]
-    return {s: 1 / len(set(shifts)) / shifts.count(shift_of(s)) for s in splits if s != "train"}
-
-
-def ood_table(records: Sequence[dict]) -> str:
-    """Markdown: one row per split, both success rates in per cent with 95 % intervals, and the OOD average."""
-    splits = split_names(records)
-    weights = ood_weights(splits)
-    rows = {split: [split] for split in splits}
-    average = [f"OOD average ({', '.join(dict.fromkeys(map(shift_of, weights)))})"]
-    for metric in ("success_once", "success_at_end"):
-        rate, below, above, independent = 0.0, 0.0, 0.0, 0.0
-        errors = dict.fromkeys(((record["episode_id"], record["seed"]) for record in records), 0.0)
-        for split in splits:
-            of_split = [record for record in records if record["split"] == split]
-            k, n = sum(record[metric] for record in of_split), len(of_split)
-            low, high = wilson(k, n)
-            rows[split].append(f"{100 * k / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-            if split in weights:
-                rate += weights[split] * k / n
-                below += (weights[split] * (k / n - low)) ** 2
-                above += (weights[split] * (high - k / n)) ** 2
-                independent += weights[split] ** 2 * k / n * (1 - k / n) / n
-                for record in of_split:
-                    errors[record["episode_id"], record["seed"]] += (
-                        weights[split] * (record[metric] - k / n) / n
-                    )
-        # If the splits were independent, their Wilson half-widths would add in squares (MOVER, Zou and Donner 2008).
-        # But an episode id has the same target in every split: widen by the variance that the ids really show.
-        inflation = (
-            max(1.0, sum(e**2 for e in errors.values()) / independent) if independent else 1.0
-        )
-        low, high = rate - math.sqrt(inflation * below), rate + math.sqrt(inflation * above)
-        average.append(f"{100 * rate:.1f} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]")
-    for split in splits:
-        rows[split].append(str(sum(record["split"] == split for record in records)))
-    average.append(str(sum(record["split"] in weights for record in records)))
-    header = ["split", "success_once %", "success_at_end %", "n"]
-    lines = [header, ["---"] * 4, *rows.values()] + ([average] if weights else [])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Weight of each split in the OOD average (Table 1: clutter is averaged over its levels)."""
+    ood = list(filter(is_ood, splits))
+    kinds = [shift_of(split) for split in ood]
+    return {split: 1 / len(set(kinds)) / kinds.count(shift_of(split)) for split in ood}
 
 
 @dataclass
-class Difference:
-    """One row of a comparison: success_once rates as fractions, and the 95 % interval of rate_b - rate_a."""
+class Outcomes:
+    """The outcomes of several arms of several runs over the same E episodes and S splits."""
 
-    name: str
-    pairs: int
-    rate_a: float
-    rate_b: float
+    splits: list[str]
+    present: np.ndarray
+    """(E, S): whether the episode was played in that split"""
+    instructions: np.ndarray
+    """(E, S) of str"""
+    success: dict[str, dict[str, np.ndarray]]
+    """of each metric and arm: (R, E, S), one layer for each of its R runs"""
+
+
+def align(arms: dict[str, Sequence[Sequence[dict]]]) -> Outcomes:
+    """The records of each run of each arm, side by side. Refuses runs that cannot be compared."""
+    check_protocol(arms)
+    keyed = {
+        name: [{(r["split"], r["episode_id"], r["seed"]): r for r in run} for run in runs]
+        for name, runs in arms.items()
+    }
+    (first_arm, (first, *_)), *_ = keyed.items()
+    for name, runs in keyed.items():
+        for number, run in enumerate(runs, start=1):
+            if unmatched := sorted(first.keys() ^ run.keys()):
+                split, episode_id, seed = unmatched[0]
+                raise Fault(
+                    f"{len(unmatched)} episodes are in only one of {first_arm} (run 1) and {name} "
+                    f"(run {number}); the first: {split}, episode {episode_id}, seed {seed}: "
+                    "evaluate both with the same --splits, --num-episodes and --seeds"
+                )
+    splits = list(dict.fromkeys(key[0] for key in first))
+    rows = {episode: i for i, episode in enumerate(sorted({key[1:] for key in first}))}
+    cells = {key: (rows[key[1:]], splits.index(key[0])) for key in first}
+    shape = len(rows), len(splits)
+    outcomes = Outcomes(splits, np.zeros(shape, bool), np.zeros(shape, object), {})
+    for key, cell in cells.items():
+        outcomes.present[cell], outcomes.instructions[cell] = True, first[key]["instruction"]
+    for metric in METRICS:
+        outcomes.success[metric] = {}
+        for name, runs in keyed.items():
+            x = outcomes.success[metric][name] = np.zeros((len(runs), *shape))
+            for r, run in enumerate(runs):
+                for key, cell in cells.items():
+                    x[r][cell] = run[key][metric]
+    return outcomes
+
+
+def rows_of_splits(outcomes: Outcomes) -> dict[str, list]:
+    """Each split, the OOD average and the mean over all splits, as lists of (weight, mask (E, S)).
+
+    A row's rate is the weighted sum of the rates over the masks.
+    """
+    splits, rows = outcomes.splits, {}
+    masks = {s: outcomes.present & (np.arange(len(splits)) == i) for i, s in enumerate(splits)}
+    for split in splits:
+        rows[split] = [(1.0, masks[split])]
+    if weights := ood_weights(splits):
+        rows["OOD average"] = [(weight, masks[split]) for split, weight in weights.items()]
+    rows["all splits"] = [(1 / len(splits), mask) for mask in masks.values()]
+    return rows
+
+
+def influence(x: np.ndarray, row: list) -> tuple[np.ndarray, np.ndarray]:
+    """Of success x (R, E, S): each run's rate (R,), and what each episode adds to it (R, E).
+
+    The second has mean zero. An episode id has the same target in all splits, so its outcomes go
+    together: all that a statistic needs to know about that is their weighted sum.
+    """
+    rates, added = np.zeros(len(x)), np.zeros(x.shape[:2])
+    for weight, mask in row:
+        rate = x[:, mask].mean(1)  # (R,)
+        rates += weight * rate
+        of_episode = ((x - rate[:, None, None]) * mask).sum(2)  # (R, E, S) -> (R, E)
+        added += weight * len(mask) / mask.sum() * of_episode
+    return rates, added
+
+
+@functools.cache
+def redrawn(episodes: int) -> np.ndarray:
+    """(10000, E) how often each episode was drawn, in each of 10,000 draws with replacement."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(episodes, np.full(episodes, 1 / episodes), 10_000).astype(np.float32)
+
+
+@functools.cache
+def student(degrees: int) -> np.ndarray:
+    """(10000,) draws from Student's t."""
+    return np.random.default_rng(1).standard_t(degrees, 10_000)
+
+
+@dataclass
+class Estimate:
+    """A rate or a difference as fractions, with its 95 % interval."""
+
+    value: float
     low: float
     high: float
 
 
-def paired_bootstrap(
-    records_a: Sequence[dict], records_b: Sequence[dict], resamples: int = 10_000, seed: int = 0
-) -> list[Difference]:
-    """Difference B - A in success_once: per split, for the OOD average, and for the mean over all splits.
+def bootstrap(terms: Sequence[tuple[int, np.ndarray]], row: list) -> Estimate:
+    """The sum of sign * rate over arms [(sign, x (R, E, S))]: bootstrap over runs and episodes.
 
-    Both runs met the same scenes, so the unit is the pair: scenes that are hard for both cancel in the difference, and
-    the interval is narrower than two separate ones suggest. Whole episode ids are redrawn, with all their splits at
-    once, because an id has the same target in every split.
+    Runs: their mean is drawn from Student's t with the arms' pooled spread. Three runs drawn with
+    replacement would show two thirds of that spread and never more than its extremes.
+    Episodes: redrawn with all their splits, runs and arms at once, so what is hard for every run
+    cancels in a difference. Each run's own luck with an episode is in the spread of the runs too,
+    so the draws are shrunk to what the runs have in common. One run per arm: episodes alone.
     """
-    a, b = (
-        {
-            (record["split"], record["episode_id"], record["seed"]): record["success_once"]
-            for record in records
-        }
-        for records in (records_a, records_b)
-    )
-    unmatched = sorted(a.keys() ^ b.keys())
-    if unmatched:
-        split, episode_id, run_seed = unmatched[0]
-        raise Fault(
-            f"{len(unmatched)} episodes are in one file only (the first: {split}, episode {episode_id}, seed "
-            f"{run_seed}): evaluate both checkpoints with the same --splits, --num-episodes and --seeds"
-        )
-
-    splits = split_names(records_a)
-    episodes = sorted({key[1:] for key in a})  # (episode_id, seed)
-    row = {episode: i for i, episode in enumerate(episodes)}
-    present, rate_a, rate_b = np.zeros((3, len(episodes), len(splits)))
-    for key in a:
-        cell = row[key[1:]], splits.index(key[0])
-        present[cell], rate_a[cell], rate_b[cell] = 1, a[key], b[key]
-
-    counts = np.random.default_rng(
-        seed
-    ).multinomial(  # (resamples, episodes): how often each episode was drawn
-        len(episodes), np.full(len(episodes), 1 / len(episodes)), size=resamples
-    )
-    with np.errstate(
-        invalid="ignore"
-    ):  # 0 / 0 = nan: a draw without any episode of the split, left out below
-        resampled = (counts @ (rate_b - rate_a)) / (counts @ present)  # (resamples, splits)
-    rate_a, rate_b = (
-        rate_a.sum(0) / present.sum(0),
-        rate_b.sum(0) / present.sum(0),
-    )  # (episodes, splits) -> (splits,)
-
-    rows = {split: {split: 1.0} for split in splits}
-    if ood_weights(splits):
-        rows["OOD average"] = ood_weights(splits)
-    rows["all splits"] = {split: 1 / len(splits) for split in splits}
-    differences = []
-    for name, weights in rows.items():
-        columns, w = [splits.index(split) for split in weights], np.array(list(weights.values()))
-        low, high = np.nanquantile(resampled[:, columns] @ w, [0.025, 0.975])
-        pairs = int(present[:, columns].sum())
-        differences.append(
-            Difference(name, pairs, rate_a[columns] @ w, rate_b[columns] @ w, low, high)
-        )
-    return differences
+    parts = [(sign, *influence(x, row)) for sign, x in terms]
+    value = sum(sign * rates.mean() for sign, rates, _ in parts)
+    together = sum(sign * added.mean(0) for sign, _, added in parts)  # (E,)
+    draws = redrawn(len(together)) @ together / len(together)
+    if degrees := sum(len(rates) - 1 for _, rates, _ in parts):
+        per_run = sum(1 / len(rates) for _, rates, _ in parts)
+        spread = sum(((rates - rates.mean()) ** 2).sum() for _, rates, _ in parts) / degrees
+        luck = sum(((a - a.mean(0)) ** 2).mean(1).sum() for _, _, a in parts) / degrees
+        variance = (together**2).mean()
+        common = max(0.0, 1 - luck * per_run / variance) if variance > 0 else 0.0
+        draws = math.sqrt(common) * draws + math.sqrt(spread * per_run) * student(degrees)
+    low, high = value + np.quantile(draws, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))
 
 
-def compare_table(differences: Sequence[Difference]) -> str:
-    lines = ["| split | A % | B % | B - A, points | pairs |", "|---|---|---|---|---|"]
-    for d in differences:
-        change = f"{100 * (d.rate_b - d.rate_a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        lines.append(
-            f"| {d.name} | {100 * d.rate_a:.1f} | {100 * d.rate_b:.1f} | {change} | {d.pairs} |"
-        )
-    return "\n".join(lines)
+def difference(a: np.ndarray, b: np.ndarray, row: list) -> Estimate:
+    """Rate of arm b minus rate of arm a."""
+    return bootstrap([(-1, a), (1, b)], row)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first, so that a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def rate(x: np.ndarray, row: list) -> Estimate:
+    """The rate of one arm (R, E, S).
+
+    The interval over episodes is Wilson's for one split. For several, their half-widths add in
+    squares (MOVER, Zou and Donner 2008), widened by the variance that the episodes really show.
+    With several runs it reaches at least as far as the bootstrap over runs and episodes.
+    """
+    value = below = above = independent = 0.0
+    for weight, mask in row:
+        k, n = x[:, mask].sum(), int(mask.sum()) * len(x)
+        low, high = wilson(k, n)
+        value += weight * k / n
+        below += (weight * (k / n - low)) ** 2
+        above += (weight * (high - k / n)) ** 2
+        independent += weight**2 * k / n * (1 - k / n) / n
+    added = influence(x, row)[1].mean(0)
+    inflation = max(1.0, (added**2).mean() / len(added) / independent) if independent else 1.0
+    low, high = value - math.sqrt(inflation * below), value + math.sqrt(inflation * above)
+    if len(x) > 1:
+        over_runs = bootstrap([(1, x)], row)
+        low, high = min(low, over_runs.low), max(high, over_runs.high)
+    return Estimate(value, max(low, 0.0), min(high, 1.0))
 
 
-def read_records(path: str | Path) -> list[dict]:
-    """The records of an episodes.jsonl, or of the directory that holds it."""
-    path = Path(path) / "episodes.jsonl" if Path(path).is_dir() else Path(path)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fault(
-            f"cannot read {path} ({error}): give an episodes.jsonl or its directory"
-        ) from None
-    types = {
-        "split": str,
-        "episode_id": int,
-        "seed": int,
-        "success_once": bool,
-        "success_at_end": bool,
-    }
-    records = {}
-    for i, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            key = record["split"], record["episode_id"], record["seed"]
-            assert all(type(record[name]) is kind for name, kind in types.items())
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise Fault(
-                f"{path}, line {i}, is not an episode record: write the file anew with evaluate.py"
-            ) from None
-        if key in records:
-            raise Fault(
-                f"{path}, line {i}, repeats an earlier line ({key[0]}, episode {key[1]}): delete one of them"
-            )
-        records[key] = record
-    if not records:
-        raise Fault(f"{path} holds no episodes: write the file anew with evaluate.py")
-    return list(records.values())
+PLAN = """Episodes per split and seed that show a difference of {points:g} points, in one split / in
+the OOD average. Columns: standard deviation of success between seeds of one arm, as endless
+episodes would show it. `-`: no number of episodes makes up for so few seeds.
+
+{table}
+
+Assumes: a success rate near {rate:g} %, the worst case; the 95 % interval of --compare is to be
+clear of zero in {power:g} % of such studies; both arms have as many seeds and play the same
+episodes; luck with an episode is independent between arms, seeds and splits."""
 
 
-def collective(function, *args) -> None:
-    """A torch.distributed call, where there are several ranks; when one has died, the others end with a sentence."""
-    if dist.is_initialized():
-        try:
-            function(*args)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0][:100]
-            raise Fault(
-                f"another rank ended, so rank {dist.get_rank()} does too ({reason})"
-            ) from None
+def plan_table(points: float, rate: float = 0.5, power: float = 0.8) -> str:
+    """Seeds and episodes that show a difference, by the formula that `bootstrap` comes down to."""
+    spreads = (0, 2, 4, 8)
+    table = [["seeds per arm", *(f"{spread} points" for spread in spreads)]]
+    average = sum(weight**2 for weight in ood_weights(list(SPLITS)).values())
+    for seeds in (2, 3, 4, 5, 8, 12, 16):
+        draws = np.random.default_rng(0).standard_t(2 * seeds - 2, 1_000_000)
+        reach = np.quantile(draws, [0.975, power]).sum()
+        cells = []
+        for spread in spreads:
+            # (points / reach)^2 = 2 / seeds * (spread^2 + luck / episodes)
+            left = (points / 100 / reach) ** 2 * seeds / 2 - (spread / 100) ** 2
+            luck = [share * rate * (1 - rate) for share in (1, average)] if left > 0 else []
+            cells.append(" / ".join(str(math.ceil(each / left)) for each in luck) or "-")
+        table.append([str(seeds), *cells])
+    return PLAN.format(points=points, table=markdown(table), rate=100 * rate, power=100 * power)
 
 
-def check_args(args: Args) -> None:
+# ---------------------------------------------------------------------------------------- tables
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header."""
+    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "| --- " * len(rows[0]) + "|", *rest])
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """12.3 [4.5, 20.1]; with sign "+": +12.3 [-4.5, +20.1]."""
+    numbers = (estimate.value, estimate.low, estimate.high)
+    return "{} [{}, {}]".format(*(f"{100 * number + 0.0:{sign}.1f}" for number in numbers))
+
+
+def ood_table(records: Sequence[dict]) -> str:
+    """One row per split, both success rates in per cent with 95 % intervals, the OOD average."""
+    outcomes = align({"run": [records]})
+    table = [["split", *(f"{metric} %" for metric in METRICS), "n"]]
+    for name, row in rows_of_splits(outcomes).items():
+        if name == "all splits":
+            continue
+        if name == "OOD average":
+            kinds = dict.fromkeys(map(shift_of, ood_weights(outcomes.splits)))
+            name = f"OOD average ({', '.join(kinds)})"
+        rates = [percent(rate(outcomes.success[metric]["run"], row)) for metric in METRICS]
+        table.append([name, *rates, str(sum(int(mask.sum()) for _, mask in row))])
+    return markdown(table)
+
+
+def compare_table(outcomes: Outcomes, metric: str) -> str:
+    """Every arm's rate, and its paired difference to the first arm's; n: episodes per run."""
+    success = outcomes.success[metric]
+    (first, a), *others = success.items()
+    table = [["split", *(f"{name} %" for name in success)]]
+    table[0] += [*(f"{name} - {first}, points" for name, _ in others), "n"]
+    for name, row in rows_of_splits(outcomes).items():
+        rates = [f"{100 * influence(x, row)[0].mean():.1f}" for x in success.values()]
+        changes = [percent(difference(a, b, row), "+") for _, b in others]
+        table.append([name, *rates, *changes, str(sum(int(mask.sum()) for _, mask in row))])
+    return markdown(table)
+
+
+def read_arms(texts: Sequence[str]) -> dict[str, list[str]]:
+    """NAME=RUN,RUN,... or RUN, which gets the name A, B, ... -> {name: its runs}."""
+    arms = {}
+    for i, text in enumerate(texts):
+        name, equals, runs = text.partition("=")
+        name, runs = (name, runs.split(",")) if equals else (chr(ord("A") + i), [text])
+        if name in arms or not name or not all(runs) or len(set(runs)) < len(runs):
+            raise Fault(f"{text!r} is no arm, or names one or a run twice: write NAME=RUN,RUN,...")
+        arms[name] = runs
+    return arms
+
+
+# ---------------------------------------------------------------------------------- command line
+def check_args(args: Args):
     """A wrong flag gets its sentence here, before anything slow starts."""
     if not args.checkpoint:
         raise Fault("there is nothing to evaluate: pass --checkpoint DIR, or --compare A B")
-    if not Path(args.checkpoint).is_dir():
-        raise Fault(
-            f"the checkpoint directory {args.checkpoint} does not exist: check --checkpoint"
-        )
     for split in args.splits:
         parse_split(split)
+    in_pairs = args.ablate.startswith("other-") and min(args.num_envs, args.num_episodes) < 2
     for wrong, sentence in (
-        (
-            len(set(args.splits)) < max(1, len(args.splits)),
-            "--splits needs at least one split and none twice",
-        ),
-        (
-            len(set(args.seeds)) < max(1, len(args.seeds)),
-            "--seeds needs at least one seed and none twice",
-        ),
-        (any(seed < 0 for seed in args.seeds), "--seeds must be 0 or more"),
-        (
-            not 1 <= args.num_episodes <= EPISODES_PER_SEED,
-            f"--num-episodes must be 1 to {EPISODES_PER_SEED}",
-        ),
+        (len(set(args.splits)) < max(1, len(args.splits)),
+         "--splits needs at least one split and none twice"),
+        (len(set(args.seeds)) < max(1, len(args.seeds)),
+         "--seeds needs at least one seed and none twice"),
         (args.num_envs < 1, "--num-envs must be at least 1"),
-        (
-            not 0 <= args.temperature < math.inf,
-            "--temperature must be 0 (argmax) or a positive number",
-        ),
+        (args.num_episodes < 1, "--num-episodes must be at least 1"),
+        (in_pairs, f"--ablate {args.ablate} needs at least 2 --num-envs and 2 --num-episodes"),
+        (not 0 <= args.temperature < math.inf,
+         "--temperature must be 0 (argmax) or a positive number"),
         (args.video < 0, "--video must be 0 or the number of videos per split"),
-    ):
+    ):  # fmt: skip
         if wrong:
             raise Fault(sentence)
+    for seed in args.seeds:
+        episode_ids("eval", seed, 0, args.num_episodes)  # are there so many?
 
 
-def main(args: Args) -> None:
-    if args.compare is not None:
-        differences = paired_bootstrap(*map(read_records, args.compare))
-        print(
-            f"success_once, 95 % intervals by paired bootstrap\nA: {args.compare[0]}\nB: {args.compare[1]}\n"
-        )
-        print(compare_table(differences))
-        return
-
-    check_args(args)
-    sim = choose_sim(args.sim)
-    args_json = Path(args.checkpoint) / "args.json"
-    try:
-        trained = {
-            "backbone": args.backbone,
-            "assets": "builtin",
-            "dtype": "auto",
-        }  # for an adapter that was not trained here
-        if args_json.exists():
-            trained |= json.loads(args_json.read_text())
-    except (OSError, ValueError, TypeError) as error:
-        raise Fault(f"{args_json} is damaged ({error}): use another checkpoint") from None
-    backbone, assets = trained["backbone"], args.assets or trained["assets"]
-    if not backbone:
+def find_checkpoint(args: Args) -> tuple[str, dict]:
+    """Which checkpoint --checkpoint means, and what its args.json says."""
+    directory = Path(args.checkpoint)
+    saved = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}
+    if not directory.is_dir():
+        if not args.backbone:
+            raise Fault(f"the checkpoint directory {directory} does not exist: check --checkpoint; "
+                        "one on the Hub needs --backbone besides")  # fmt: skip
+        return args.checkpoint, saved
+    if runtime.checkpoints(directory):
+        directory = runtime.newest_checkpoint(directory)
+    args_json = directory / "args.json"
+    if args_json.exists():
+        content = read_json(args_json)
+        if not isinstance(content, dict):
+            raise Fault(f"{args_json} is damaged (no JSON object): use another checkpoint")
+        saved |= content | content.get("policy", {})
+    if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
-    if args.backbone not in ("", backbone):
-        raise Fault(
-            f"{args.checkpoint} is a checkpoint of {backbone}, not of {args.backbone}: leave --backbone out"
-        )
-    out = Path(args.out or Path(args.checkpoint) / "eval")
+    if args.backbone not in ("", saved["backbone"]):
+        raise Fault(f"{directory} is a checkpoint of {saved['backbone']}, not of {args.backbone}: "
+                    "leave --backbone out")  # fmt: skip
+    return str(directory), saved
+
+
+def output_directory(args: Args, checkpoint: str) -> Path:
+    local = Path(checkpoint)
+    if not local.is_dir():  # on the Hub
+        local = Path("runs", checkpoint.replace("/", "_"))
+    out = Path(args.out or local / ("eval" if args.ablate == "none" else f"eval-{args.ablate}"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f"probe{os.getpid()}"  # of this rank
@@ -437,79 +620,104 @@ def main(args: Args) -> None:
         os.remove(probe)
     except OSError as error:
         raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
+    return out
 
-    from policies import (
-        DTYPES,
-        PolicyError,
-        load_policy,
-    )  # here, because it takes seconds and every typo is answered above
 
-    device = (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if args.cuda and torch.cuda.is_available()
-        else "cpu"
-    )
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
-        dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    records, total = [], len(args.splits) * len(args.seeds) * args.num_episodes
-    try:
-        policy = load_policy(
-            backbone, args.checkpoint, device=device, dtype=DTYPES[trained["dtype"]]
-        )
-        num_envs = min(args.num_envs, args.num_episodes)
-        with (
-            make_envs(
-                num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers
-            ) as envs,
-            tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
-        ):
+def records_to_keep(out: Path, protocol: dict, splits: Sequence[str]) -> list[dict]:
+    """What an earlier evaluation left in `out`. Refuses to mix it with another protocol's."""
+    if not (out / "episodes.jsonl").exists():
+        return []
+    old = read_records(out / "episodes.jsonl")
+    differs = [name for name, value in protocol.items() if old[0][name] != value]
+    if differs and any(record["split"] not in splits for record in old):
+        name = differs[0]
+        raise Fault(f"{out} holds episodes whose {name} is {old[0][name]}, not {protocol[name]}: "
+                    "pass another --out")  # fmt: skip
+    return [] if differs else old
+
+
+def main(args: Args):
+    if args.plan is not None:
+        if not 0 < args.plan < 100:
+            raise Fault("--plan needs a difference above 0 and below 100 points")
+        print(plan_table(args.plan))
+        return
+    if args.compare is not None:
+        if len(args.compare) < 2:
+            raise Fault("--compare needs at least two arms, each RUN or NAME=RUN,RUN,...")
+        arms = read_arms(args.compare)
+        outcomes = align({name: [read_records(r) for r in runs] for name, runs in arms.items()})
+        for name, runs in arms.items():
+            print(f"{name}: {', '.join(runs)}")
+        several = max(map(len, arms.values())) > 1
+        print(f"95 % intervals over {'runs and episodes' if several else 'episodes alone'}")
+        for metric in METRICS:
+            print(f"\n{metric}\n\n{compare_table(outcomes, metric)}")
+        return
+
+    check_args(args)
+    sim = choose_sim(args.sim)
+    checkpoint, saved = find_checkpoint(args)
+    out = output_directory(args, checkpoint)
+    device = "cpu"
+    if args.cuda and torch.cuda.is_available():
+        device = f"cuda:{runtime.LOCAL_RANK}"
+    runtime.join_ranks("gloo")
+    rank, world = runtime.RANK, runtime.WORLD
+    settings = vars(args.policy)
+    if settings["dtype"] == "auto":
+        settings = {**settings, "dtype": saved["dtype"]}
+    policy = load_policy(saved["backbone"], checkpoint, device=device, **settings)
+    num_envs = min(args.num_envs, args.num_episodes)
+    assets = args.assets or saved["assets"]
+    workers = max(1, len(os.sched_getaffinity(0)) // runtime.LOCAL_WORLD)
+    total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
+    with (
+        make_envs(
+            num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers
+        ) as envs,
+        tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
+    ):
+        protocol = {
+            "backbone": saved["backbone"],
+            "assets": assets,
+            "sim": sim,
+            "temperature": args.temperature,
+            "num_envs": num_envs,
+            "horizon": policy.horizon,
+            "replan": policy.chunk,
+            "steps": envs.max_episode_steps,
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "ablate": args.ablate,
+            "checkpoint": checkpoint,
+        }
+        old = records_to_keep(out, protocol, args.splits)
+        try:
             for split in args.splits:
                 for seed in args.seeds:
-                    ids = eval_episode_ids(args.num_episodes, seed)
+                    ids = episode_ids("eval", seed, 0, args.num_episodes)
                     videos = args.video if seed == args.seeds[0] else 0
                     parts = [None] * world
-                    parts[rank] = evaluate(
-                        policy,
-                        envs,
-                        split,
-                        ids,
-                        args.temperature,
-                        out / "videos",
-                        videos,
-                        seed,
-                        bar,
-                        rank,
-                        world,
-                    )
-                    collective(dist.all_gather_object, parts, parts[rank])
-                    records += sorted(sum(parts, []), key=lambda record: record["episode_id"])
-                    # Written now, so that an interrupted run keeps what it has.
+                    parts[rank] = play_episodes(
+                        policy, envs, split, ids, args.temperature, seed, args.ablate, bar=bar,
+                        video_dir=out / "videos", num_videos=videos, rank=rank, world=world,
+                    )  # fmt: skip
+                    runtime.collective(dist.all_gather_object, parts, parts[rank])
+                    played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
+                    records += [record | protocol for record in played]
+                    played_splits = {record["split"] for record in records}
+                    kept = [record for record in old if record["split"] not in played_splits]
+                    # Written now, so that an interrupted evaluation keeps what it has.
                     if rank == 0:
-                        write_text(
-                            out / "episodes.jsonl",
-                            "".join(json.dumps(record) + "\n" for record in records),
-                        )
-    except PolicyError as error:
-        raise Fault(str(error)) from None
-    except KeyboardInterrupt:
-        raise Fault(f"interrupted: {len(records)} finished episodes were saved in {out}") from None
-
-    if rank > 0:
-        return
-    table = ood_table(records)
-    protocol = (
-        f"{args.checkpoint}: {backbone}, {assets}, seeds {' '.join(map(str, args.seeds))}, temperature "
-        f"{args.temperature:g}, {records[0]['steps']} steps per episode, {num_envs} envs; 95 % Wilson intervals."
-    )
-    write_text(out / "table.md", f"{table}\n\n{protocol}\n")
-    print(f"{table}\n\n{protocol}\nEpisodes: {out / 'episodes.jsonl'}")
+                        table = write_results(out, kept + records)
+        except KeyboardInterrupt:
+            saved_so_far = f"{len(records)} finished episodes were saved in {out}"
+            raise Fault(f"interrupted: {saved_so_far}") from None
+    if rank == 0:
+        print(f"{table}\nEpisodes: {out / 'episodes.jsonl'}")
+        if args.ablate != "none":
+            print(f"Compare with the same episodes untouched: --compare {checkpoint} {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except Fault as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+    runtime.command_line(lambda: main(tyro.cli(Args)))

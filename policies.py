@@ -12,6 +12,7 @@ are in backbones/.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -109,6 +110,48 @@ class Policy(Protocol):
 
     def word_embeddings(self) -> torch.Tensor:
         """(vocabulary, H)."""
+
+
+def act(policy: Policy, obs, instructions, size: int) -> Decision:
+    """policy.act for at most `size` observations at a time: all of them may not fit into memory."""
+    return join_decisions(
+        [
+            policy.act({k: v[i : i + size] for k, v in obs.items()}, instructions[i : i + size])
+            for i in range(0, len(instructions), size)
+        ]
+    )
+
+
+def join_decisions(parts: list[Decision]) -> Decision:
+    actions, latents, logprobs, values = zip(*parts)
+    latent = {k: torch.cat([x[k] for x in latents]) for k in latents[0]}
+    return Decision(torch.cat(actions), latent, torch.cat(logprobs), torch.cat(values))
+
+
+class SlowCopy:
+    """Whose pi(.|o_pre,l) is the target of Eq. (2): `policy` is the policy itself (rate None), or a
+    copy that moves to it by `rate` after each iteration. Weights that do not train are shared."""
+
+    def __init__(self, policy: Policy, rate: float | None):
+        self.rate, self.policy, self.pairs = rate, policy, []
+        if rate is not None:
+            frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            self.policy = copy.deepcopy(policy, frozen).requires_grad_(False)
+            both = zip(self.policy.parameters(), policy.parameters())
+            self.pairs = [(slow, p) for slow, p in both if slow is not p]
+
+    @torch.no_grad()
+    def follow(self):
+        for slow, p in self.pairs:
+            slow.lerp_(p, self.rate)
+
+    def state(self) -> list[torch.Tensor]:
+        return [slow for slow, _ in self.pairs]
+
+    @torch.no_grad()
+    def load(self, state: list[torch.Tensor]):
+        for (slow, _), saved in zip(self.pairs, state, strict=True):
+            slow.copy_(saved)
 
 
 # ----------------------------------------------------------------------------------- the token head
@@ -513,6 +556,16 @@ def target_names(lora_targets):
     names = [name.strip() for word in lora_targets or () for name in word.split(",")]
     names = [name for name in names if name]
     return None if names == ["all-linear"] else names or None
+
+
+def default_checkpoint(backbone: str) -> str:
+    """The warm start that this repository ships, or the official one on the Hub."""
+    shipped = Path(__file__).parent / "warmstart" / backbone
+    if backbone not in DEFAULT_CHECKPOINT and not shipped.is_dir():
+        raise Fault(
+            f"there is no {shipped}: `python sft.py --backbone {backbone} --out {shipped}` makes it"
+        )
+    return DEFAULT_CHECKPOINT.get(backbone) or str(shipped)
 
 
 # ------------------------------------------------------------------------------------------ loading

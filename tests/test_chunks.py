@@ -19,7 +19,7 @@ class Counting:
     )  # (episode, step, environment)
     episode = -1
 
-    def reset(self, episode_ids, split, exact, seed):
+    def reset(self, episode_ids, split, rebuild, seed):
         self.episode, self.elapsed = self.episode + 1, 0
         return {"rgb": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}
 
@@ -46,7 +46,9 @@ def test_chunks_by_brute_force():
     """20 steps in decisions of 6, 6, 6 and 2: gamma and lambda per decision; the last of an episode has no successor."""
     gamma, lam = 0.9, 0.8
     args, env = (
-        ppo_pair.Args(num_steps=40, device_batch_size=2, gamma=gamma, gae_lambda=lam),
+        ppo_pair.preset(
+            "pi05-tiny", num_steps=40, device_batch_size=2, gamma=gamma, gae_lambda=lam
+        ),
         Counting(),
     )
     batch, stats = ppo_pair.rollout(args, Scripted(), env, iter(range(4)), torch.device("cpu"))
@@ -84,7 +86,7 @@ class Bright:
         rgb[~self.right, :, :8] = 220
         return {"rgb": rgb}
 
-    def reset(self, episode_ids, split, exact, seed):
+    def reset(self, episode_ids, split, rebuild, seed):
         self.elapsed, self.correct = 0, torch.zeros(64)
         return self.look()
 
@@ -104,8 +106,8 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
     """The real rollout and update on a policy that knows nothing; with the advantage's sign flipped it unlearns."""
     torch.manual_seed(0)
     policy = toy_policy("pi05-tiny")
-    args = ppo_pair.Args(num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
-                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, pair_fraction=1.0,
+    args = ppo_pair.preset("pi05-tiny", num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
+                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8,
                          gamma=0.5, max_grad_norm=10.0)  # fmt: skip
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []
     for _ in range(25):
