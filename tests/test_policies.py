@@ -753,19 +753,17 @@ def test_bench_policy_prints_a_table(capsys):
         line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
     ]
     assert [line[1].strip() for line in lines[1:]] == [
-        "rollout step", "PPO minibatch", "PAIR minibatch, no sample at the clip", "PAIR minibatch, all samples at the clip",
+        "rollout step", "PPO minibatch", "PAIR minibatch",
     ]  # fmt: skip
     assert all(float(cell) > 0 for line in lines[1:] for cell in line[3:6])
 
 
 def test_derived_memory():
-    """Of shapes alone; PAIR against a pass with both graphs."""
+    """Of shapes alone; both views are forward passes without a graph, which cost nothing at the peak."""
     policy = bench_policy.random_policy("openvla-tiny", "meta", torch.float32, 4)
-    fixed, each = bench_policy.memory_of_update(policy)["pair"]
-    _, evaluate = bench_policy.calls(policy, 8)
-    with bench_policy.PeakMemory() as memory, bench_policy.fused_attention():
-        policy.kl(evaluate().dist, evaluate().dist).sum().backward()
-    assert abs(memory.peak / (fixed + 8 * each) - 1) < 0.05
+    memory = bench_policy.memory_of_update(policy)
+    (_, ppo), (_, each) = memory["ppo"], memory["pair"]
+    assert ppo < each < 1.25 * ppo
     policy.gradient_checkpointing = True
     assert bench_policy.memory_of_update(policy)["pair"][1] < 0.7 * each
     text = policy.config["text_config"]

@@ -1,20 +1,24 @@
-"""Seconds and memory of one rollout step and one update of OpenVLA, beside what the arithmetic
-alone would take.
+"""Seconds and memory of one rollout step and one update of OpenVLA, beside the mere arithmetic.
 
-    python tools/bench_policy.py                 # measures: 7B with random weights on a GPU,
-    openvla-tiny on a CPU python tools/bench_policy.py --derive        # no weights, no GPU: memory
-    and time of 7B by GPU size, from shapes
+    python tools/bench_policy.py               # measures: 7B on a GPU, openvla-tiny on a CPU python
+    tools/bench_policy.py --derive      # no weights, no GPU: memory and time of 7B, from shapes
+    python tools/bench_policy.py --full-cpu    # 7B on a CPU once: 15 GB of disk, 18 GB of memory
 
 Measured: the median of several calls of policy.act and ppo_pair.update, after one to warm up. The
 floor is the number of multiply-adds (times 2, without recomputing anything) over the device's
 bfloat16 rate. Derived: act, evaluate and backward run on the meta device, where tensors have shapes
 but no data; every tensor that is alive is counted, so the figures follow the code. An allocator's
-waste is not in them.
+waste is not in them. --full-cpu: random weights in the official format are written, read by
+load_policy, and act, evaluate and go back, in bfloat16 with LoRA.
 """
 
 import copy
+import json
+import math
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -25,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,18 +50,9 @@ OPENVLA_7B = {  # what distinguishes the official checkpoint's config.json
 }
 CONFIGS = {"openvla": OPENVLA_7B, "openvla-tiny": OPENVLA_TINY}
 INSTRUCTION = "put red cube on plate"
-BF16_PEAK = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}  # FLOP/s, dense, from the data sheets
-GPU_GIB = {
-    "24 GB": 22.5,
-    "48 GB": 44.5,
-    "80 GB": 79.0,
-    "141 GB": 139.0,
-}  # what a process can have of it
+# FLOP/s, dense, from the data sheets; and what a process can have of a GPU
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+GPU_GIB = {"24 GB": 22.5, "48 GB": 44.5, "80 GB": 79.0, "141 GB": 139.0}
 GIB = 2**30
 
 
@@ -64,6 +60,8 @@ GIB = 2**30
 class Args:
     derive: bool = False
     """derive the table for 7B instead of measuring"""
+    full_cpu: bool = False
+    """try 7B on a CPU, from files on"""
     backbone: str | None = None
     """openvla or openvla-tiny (default: openvla on a GPU, openvla-tiny on a CPU)"""
     num_envs: int | None = None
@@ -91,20 +89,21 @@ def random_policy(backbone, device, dtype, lora_rank):
         p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
     policy.to_empty(device=device)
     for key, p in policy.named_parameters():
-        p.data.normal_(std=0.02) if p.ndim > 1 else p.data.fill_(
-            0.0 if key.endswith("bias") else 1.0
-        )
-    llama = policy.language_model.model
-    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
+        if p.ndim > 1:
+            p.data.normal_(std=0.02)
+        else:
+            p.data.fill_(0.0 if key.endswith("bias") else 1.0)
+    policy.init_buffers(device)
     policy.use_norm_stats("builtin")
-    policy.tokenizer = lambda text: [
-        1,
-        *range(3, 21),
-        5,
-    ]  # 20 ids, as Llama's tokenizer makes of INSTRUCTION
+    policy.tokenizer = twenty_ids
     if lora_rank:
         policy.add_lora(lora_rank)
     return policy.to(device).eval()
+
+
+def twenty_ids(text):
+    """As many as Llama's tokenizer makes of INSTRUCTION."""
+    return [1, *range(3, 21), 5]
 
 
 def random_obs(policy, count, device):
@@ -187,18 +186,16 @@ def calls(policy, count):
 
 
 def flops(policy):
-    """FLOPs per sample: forward, which is act's as well (as many positions, the last ones singly),
-    ppo = forward and backward, pair = that twice, for o and o_alt (no sample at the clip), and a
-    forward for o_pre."""
+    """FLOPs per sample. forward: act's as well, which has as many positions, the last ones singly.
+    ppo: forward and backward. pair: that, and a forward each for o_pre and o_alt."""
     _, evaluate = calls(policy, 1)
     with FlopCounterMode(display=False) as counter:
         new = evaluate()
         forward = counter.get_total_flops()
         (new.logprob + new.value).sum().backward()
     policy.zero_grad()
-    return dict(
-        forward=forward, ppo=counter.get_total_flops(), pair=2 * counter.get_total_flops() + forward
-    )
+    ppo = counter.get_total_flops()
+    return dict(forward=forward, ppo=ppo, pair=ppo + 2 * forward)
 
 
 def per_sample(count_1, count_2, bytes_1, bytes_2):
@@ -220,18 +217,21 @@ def memory_of_act(policy, counts=(32, 64)):
 
 
 def memory_of_update(policy, counts=(32, 64)):
-    """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair. The backward
-    pass of pair starts with the graphs of both o and o_alt."""
+    """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair."""
     peaks = dict(ppo=[], pair=[])
     for count in counts:
         _, evaluate = calls(policy, count)
-        with PeakMemory() as memory, fused_attention():
-            new = evaluate()
-            graph = memory.alive
-            (new.logprob + new.value).sum().backward()
-        policy.zero_grad()
-        peaks["ppo"].append(memory.peak)
-        peaks["pair"].append(memory.peak + graph)
+        for name, peak in peaks.items():
+            with PeakMemory() as memory, fused_attention():
+                new = evaluate()
+                loss = new.logprob + new.value
+                if name == "pair":
+                    with torch.no_grad():
+                        pre, alt = evaluate(), evaluate()
+                    loss = loss + policy.kl(new.dist, pre.dist) - policy.kl(new.dist, alt.dist)
+                loss.sum().backward()
+            policy.zero_grad()
+            peak.append(memory.peak)
     return {name: per_sample(*counts, *found) for name, found in peaks.items()}
 
 
@@ -240,7 +240,7 @@ def derive(backbone="openvla", lora_rank=32):
     """Per-sample FLOPs, and bytes: (fixed, per sample) of each call, and what lies in memory all
     the time."""
     policy = random_policy(backbone, "meta", torch.bfloat16, lora_rank)
-    table = ppo_pair.TABLE_3[backbone]
+    table = vars(ppo_pair.preset(backbone))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     found = dict(flops=flops(policy), act=memory_of_act(policy))
     for recompute in (True, False):
@@ -274,11 +274,7 @@ def derived_table(found, table):
     lines = ["| in memory all the time | GiB |", "|---|---|"]
     lines += [f"| {text} | {found[name] / GIB:.1f} |" for name, text in parts]
     lines += ["", "| for each sample at once | GiB | TFLOP |", "|---|---|---|"]
-    names = {
-        "act": "rollout step (KV cache in it)",
-        "ppo": "PPO",
-        "pair": "PAIR, no sample at the clip",
-    }
+    names = {"act": "rollout step (KV cache in it)", "ppo": "PPO", "pair": "PAIR"}
     for key, recompute in (
         ("act", False),
         ("ppo", True),
@@ -288,11 +284,16 @@ def derived_table(found, table):
     ):
         each = found[key if key == "act" else (key, recompute)][1]
         work = found["flops"]["forward" if key == "act" else key]
-        work += recompute * found["flops"]["forward"] * (2 if key == "pair" else 1)
+        work += recompute * found["flops"]["forward"]
         text = names[key] + (", gradient checkpointing" if recompute else "")
         lines.append(f"| {text} | {each / GIB:.2f} | {work / 1e12:.1f} |")
-    columns = {"rollout": "act", "PPO": ("ppo", True), "PPO, nothing recomputed": ("ppo", False), "PAIR": ("pair", True),
-               "PAIR, nothing recomputed": ("pair", False)}  # fmt: skip
+    columns = {
+        "rollout": "act",
+        "PPO": ("ppo", True),
+        "PPO, nothing recomputed": ("ppo", False),
+        "PAIR": ("pair", True),
+        "PAIR, nothing recomputed": ("pair", False),
+    }
     lines += ["", f"| samples that fit | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [
         f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |"
@@ -301,12 +302,13 @@ def derived_table(found, table):
     lines += ["", "| one iteration at 45 % of the rate | PPO | PAIR |", "|---|---|---|"]
     for gpu in ("A100", "H100"):
         forward, ppo, pair = (found["flops"][name] for name in ("forward", "ppo", "pair"))
-        work = dict(ppo=2 * forward + ppo, pair=3 * forward + pair)  # the rollout, and recomputing
+        work = dict(ppo=2 * forward + ppo, pair=2 * forward + pair)  # the rollout, and recomputing
         minutes = {
             name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()
         }
         lines.append(
-            f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min | {minutes['pair']:.0f} min |"
+            f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min "
+            f"| {minutes['pair']:.0f} min |"
         )
     return "\n".join(lines)
 
@@ -352,97 +354,66 @@ def bench(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     backbone = args.backbone or ("openvla" if gpu else "openvla-tiny")
-    table, num_envs = ppo_pair.TABLE_3[backbone], args.num_envs or (128 if gpu else 16)
+    num_envs = args.num_envs or (128 if gpu else 16)
     batch_size = args.batch_size or (640 if gpu else 32)
-    training = ppo_pair.Args(**table)
-    training.batch_size, training.num_envs, training.update_epochs, training.target_kl = (
-        batch_size,
-        batch_size,
-        1,
-        0.0,
+    training = ppo_pair.preset(
+        backbone, batch_size=batch_size, num_envs=batch_size, update_epochs=1, target_kl=0.0
     )
-    training.device_batch_size = args.device_batch_size or min(
-        table["device_batch_size"], batch_size
-    )
-    recompute = (
-        table["gradient_checkpointing"]
-        if args.gradient_checkpointing is None
-        else args.gradient_checkpointing
-    )
+    own = min(training.device_batch_size, batch_size)
+    training.device_batch_size = args.device_batch_size or own
+    recompute = args.gradient_checkpointing
+    recompute = training.policy.gradient_checkpointing if recompute is None else recompute
 
     torch.manual_seed(0)
     work = flops(random_policy(backbone, "meta", torch.bfloat16, args.lora_rank))
-    policy = random_policy(
-        backbone, device, torch.bfloat16 if gpu else torch.float32, args.lora_rank
-    )
+    dtype = torch.bfloat16 if gpu else torch.float32
+    policy = random_policy(backbone, device, dtype, args.lora_rank)
     policy.gradient_checkpointing = recompute
     rate, source = peak_rate(device)
 
     obs, instructions = random_obs(policy, num_envs, device)
-    rows = [
-        (
-            "rollout step",
-            num_envs,
-            work["forward"],
-            *measure(lambda: policy.act(obs, instructions), device, args.repeats),
-        )
-    ]
+    seconds, peak = measure(lambda: policy.act(obs, instructions), device, args.repeats)
+    rows = [("rollout step", num_envs, work["forward"], seconds, peak)]
 
-    parts, decisions = [], []
-    while (
-        sum(len(part["rgb"]) for part in parts) < batch_size
-    ):  # so that old and new log-probs agree, as in training
-        part, instructions = random_obs(policy, min(num_envs, batch_size), device)
-        parts.append(part)
-        decisions.append(policy.act(part, instructions))
-    random = torch.randn(2, batch_size, device=device)
-    tokens = torch.cat([decision.latent["tokens"] for decision in decisions])
+    obs, instructions = random_obs(policy, batch_size, device)
+    # in such parts as update takes, so that old and new log-probs agree, as in training
+    decision = policies.act(policy, obs, instructions, training.device_batch_size)
     batch = dict(
-        obs={key: torch.cat([part[key] for part in parts])[:batch_size] for key in obs},
-        instructions=[INSTRUCTION] * batch_size,
-        latents={"tokens": tokens[:batch_size]},
-        logprobs=torch.cat([decision.logprob for decision in decisions])[:batch_size],
-        values=torch.cat([decision.value for decision in decisions])[:batch_size],
-        advantages=random[0],
-        returns=random[1],
+        obs=obs,
+        instructions=instructions,
+        latents=decision.latent,
+        logprobs=decision.logprob,
+        values=decision.value,
+        advantages=torch.randn(batch_size, device=device),
+        returns=torch.randn(batch_size, device=device),
     )
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [
-        dict(params=actor, lr=0.0),
-        dict(params=head, lr=0.0),
-    ]  # no learning: the same minibatch stays on-policy
+    groups = [dict(params=actor, lr=0.0), dict(params=head, lr=0.0)]  # so that nothing is learnt
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    for name, inv, sen, clip, flop in (
-        ("PPO minibatch", 0.0, 0.0, 1.0, work["ppo"]),
-        ("PAIR minibatch, no sample at the clip", 1.0, 0.2, 1e9, work["pair"]),
-        (
-            "PAIR minibatch, all samples at the clip",
-            1.0,
-            0.2,
-            0.0,
-            work["ppo"] + 2 * work["forward"],
-        ),
-    ):
-        training.inv_coef, training.sen_coef, training.sen_clip = inv, sen, clip
+    for name, coefs in (("ppo", (0.0, 0.0)), ("pair", (1.0, 0.2))):
+        training.inv_coef, training.sen_coef = coefs
 
         def update():
             ppo_pair.update(training, policy, optimizer, batch, obs["rgb"][:1])
 
-        rows.append((name, batch_size, flop, *measure(update, device, args.repeats)))
-        optimizer.zero_grad(set_to_none=True)
+        figures = measure(update, device, args.repeats)
+        rows.append((f"{name.upper()} minibatch", batch_size, work[name], *figures))
 
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{backbone}, random weights, LoRA rank {args.lora_rank}, device batch {training.device_batch_size}, gradient "
-          f"checkpointing {'on' if recompute else 'off'}; {where}; torch {torch.__version__}\n")  # fmt: skip
-    memory = "GiB, peak" if gpu else "GiB, peak, without weights"
     print(
-        f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |\n|---|---|---|---|---|---|"
+        f"{backbone}, random weights, LoRA rank {args.lora_rank}, device batch "
+        f"{training.device_batch_size}, gradient checkpointing {'on' if recompute else 'off'}; "
+        f"{where}; torch {torch.__version__}\n"
     )
+    memory = "GiB, peak" if gpu else "GiB, peak, without weights"
+    print(f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |")
+    print("|---|---|---|---|---|---|")
     for name, count, flop, seconds, peak in rows:
         floor = count * flop / rate
         print(
-            f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} | {floor / seconds:.0%} |"
+            f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} "
+            f"| {floor / seconds:.0%} |"
         )
     each = ", ".join(f"{name} {flop:.3g}" for name, flop in work.items())
     print(
@@ -450,9 +421,87 @@ def bench(args):
     )
 
 
+# ---------------------------------------------------------------------------------------- full size
+def write_shards(directory, count=3):
+    """The official format: config.json, an index, and the tensors in bfloat16. Random numbers."""
+    config = copy.deepcopy(OPENVLA_7B)
+    with torch.device("meta"):
+        policy = policies.TokenPolicy(config)
+    shapes = {k: t.shape for k, t in policy.state_dict().items() if not k.startswith("value_head.")}
+    noise = (torch.randn(2**27) * 0.02).bfloat16()  # tensors are cut from it, again and again
+    weight_map, keys = {}, list(shapes)
+    for i in range(count):
+        name = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        part = keys[i * len(keys) // count : (i + 1) * len(keys) // count]
+        tensors = {}
+        for key in part:
+            size = shapes[key].numel()
+            tensors[key] = noise.repeat(-(-size // len(noise)))[:size].view(shapes[key])
+            if len(shapes[key]) == 1 and "norm" in key and key.endswith("weight"):
+                tensors[key] = torch.ones(shapes[key], dtype=torch.bfloat16)
+        save_file({k: t.clone() for k, t in tensors.items()}, directory / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(config))
+    return sum(shape.numel() for shape in shapes.values()) * 2
+
+
+class Anonymous(threading.Thread):
+    """The most memory of its own that this process had; pages of files are the system's."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.stop = 0, threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.05):
+            line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+            self.peak = max(self.peak, int(line.split()[1]) * 1024)
+
+
+def full_cpu(lora_rank):
+    with tempfile.TemporaryDirectory(prefix="openvla-7b-") as name:
+        weights, clock = write_shards(Path(name)), [time.time()]
+        memory = Anonymous()
+        memory.start()
+        options = dict(lora_rank=lora_rank, gradient_checkpointing=True)
+        policy = policies.load_policy("openvla", name, dtype=torch.bfloat16, **options)
+        clock.append(time.time())
+        print(
+            f"load_policy: {clock[-1] - clock[-2]:.0f} s, at the peak {memory.peak / weights:.2f} x "
+            f"the weights ({weights / GIB:.1f} GiB)",
+            flush=True,
+        )
+        loaded = memory.peak
+    policy.tokenizer = twenty_ids
+    obs, instructions = random_obs(policy, 1, "cpu")
+    decision = policy.act(obs, instructions)
+    clock.append(time.time())
+    print(
+        f"act: {clock[-1] - clock[-2]:.0f} s, actions {decision.actions.flatten().tolist()}",
+        flush=True,
+    )
+    new = policy.evaluate_actions(obs, instructions, decision.latent)
+    (new.logprob.sum() + new.value.sum()).backward()
+    clock.append(time.time())
+    memory.stop.set()
+    grads = [p.grad for p in policy.parameters() if p.requires_grad]
+    norm = torch.stack([g.norm() for g in grads]).norm().item()
+    gap = (new.logprob - decision.logprob).abs().item()
+    print(
+        f"evaluate_actions and backward: {clock[-1] - clock[-2]:.0f} s, {len(grads)} gradients of "
+        f"norm {norm:.3g}, log-prob off by {gap:.3g}; {memory.peak / weights:.2f} x the weights at "
+        "the peak"
+    )
+    assert loaded < 1.2 * weights and math.isfinite(norm) and gap < 0.5
+
+
 def main(args: Args):
-    if args.derive:
-        print(derived_table(derive("openvla", args.lora_rank), ppo_pair.TABLE_3["openvla"]))
+    if args.full_cpu:
+        full_cpu(args.lora_rank)
+    elif args.derive:
+        print(derived_table(derive("openvla", args.lora_rank), vars(ppo_pair.preset("openvla"))))
     else:
         bench(args)
 

@@ -20,8 +20,9 @@ from backbones.pi0 import PI, PI_KIND
 
 FULL = PI | PI_KIND["pi05"] | {"model_type": "pi05"}
 QUARTER = FULL | {  # a quarter of every width, depth and number of tokens
-    "image_size": 112, "vis_width": 288, "vis_depth": 7, "vis_heads": 4, "vis_mlp": 1076, "vocab": 1000, "depth": 5,
-    "heads": 2, "vlm_width": 512, "vlm_mlp": 4096, "exp_width": 256, "exp_mlp": 1024,
+    "image_size": 112, "vis_width": 288, "vis_depth": 7, "vis_heads": 4, "vis_mlp": 1076,
+    "vocab": 1000, "depth": 5, "heads": 2, "vlm_width": 512, "vlm_mlp": 4096, "exp_width": 256,
+    "exp_mlp": 1024,
 }  # fmt: skip
 PADDED, THERE = (3, 200), (1, 32)  # cameras, tokens
 
@@ -59,7 +60,8 @@ def main():
     for cameras, tokens in (PADDED, THERE):
         best = min(seconds[cameras, tokens][1:])  # the first one warms up
         print(
-            f"{cameras} camera(s), {tokens:3} tokens  {flops[cameras, tokens] / 1e12:18.2f} {best:22.3f}"
+            f"{cameras} camera(s), {tokens:3} tokens  {flops[cameras, tokens] / 1e12:18.2f} "
+            f"{best:22.3f}"
         )
     ratios = flops[PADDED] / flops[THERE], min(seconds[PADDED][1:]) / min(seconds[THERE][1:])
     print(f"{'ratio':24} {ratios[0]:18.2f} {ratios[1]:22.2f}")
