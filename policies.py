@@ -203,6 +203,8 @@ class TokenPolicy(OpenVLANetwork):
     def decode(self, pixel_values, input_ids, attention_mask, temperature=0.0):
         """-> tokens (B, 7), logprob (B,), value (B,). Prefill once, then one position per token; 0
         is argmax."""
+        # With adapters as they are. Merged they would cost fewer kernel launches, which bound a GPU
+        # that has few environments, but in bfloat16 they are another distribution than the update's
         x = self.embed(pixel_values, input_ids)
         mask, positions = self.attention_layout(attention_mask, x.shape[1] - input_ids.shape[1])
         cache = KVCache(self.language_model.config, len(x), positions.shape[1], x)
@@ -463,6 +465,8 @@ class FlowPolicy(Pi0Network):
     def logprob(self, dist, latent):
         """Log density (B,) float32 of the transitions in `latent`, SUMMED over them, executed steps
         and 7 dimensions."""
+        # DEVIATION: one ratio per chunk for pi0, too. RLinf clips 35 ratios of pi0 one by one
+        # ("token_level"); for pi0.5, which is the paper's model, it has one as well.
         after = latent["x"][:, 1:, : self.chunk, : self.config["action_env_dim"]]
         mean, std = dist.unbind(1)
         logp = -0.5 * ((after - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
@@ -601,6 +605,8 @@ def load_policy(
     policy_class, targets = class_of[backbone], target_names(lora_targets)
     if lora_rank < 0 or (lora_alpha is not None and lora_alpha < 1):
         raise Fault("--lora-rank must be 0 or more, and --lora-alpha at least 1")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise Fault(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     small = backbone in policy_class.small_configs
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings.keys() - policy_class.settings.keys():
@@ -622,7 +628,7 @@ def load_policy(
     config_file = directory / "config.json" if directory else backbone
     known, default_key, sources = read_norm_stats(config, config_file, directory, adapter)
     config["norm_stats"], unnorm_key = known, unnorm_key or default_key
-    if unnorm_key not in known and (known or policy_class.needs_norm_stats):
+    if unnorm_key not in known and (known or unnorm_key or policy_class.needs_norm_stats):
         wrong = f"no key {unnorm_key!r}" if unnorm_key else "no key that is this checkpoint's own"
         raise Fault(
             f"norm_stats has {wrong}; unnorm_key is one of {sorted(known)}: "
@@ -653,6 +659,8 @@ def load_policy(
         policy.tokenizer = WordTokenizer(config["_word_vocab"])
     elif files:
         policy.tokenizer, policy.tokenizer_file = policy.tokenizer_class(files[0]), files[0]
+    if targets and not (adapter or lora_rank):
+        raise Fault("--lora-targets is of adapters, and --lora-rank 0 makes none")
     if adapter:
         load_adapter(policy, adapter, lora_rank, lora_alpha, targets)
     elif lora_rank:

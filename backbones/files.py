@@ -110,10 +110,11 @@ def check_types(values, types, file):
     for field in values.keys() & types.keys():
         value, expected = values[field], types[field]
         wanted = (int, float) if expected is float else expected
+        text = json.dumps(value)[:60]
         if not isinstance(value, wanted) or (isinstance(value, bool) and expected is not bool):
-            raise Fault(
-                f"{file}: {field} is {json.dumps(value)[:60]}, not of type {expected.__name__}"
-            )
+            raise Fault(f"{file}: {field} is {text}, not of type {expected.__name__}")
+        if expected is int and value < 1:
+            raise Fault(f"{file}: {field} is {text}, not at least 1")
 
 
 # ------------------------------------------------------------------------------------------ tensors

@@ -13,6 +13,15 @@ from torch import nn
 from backbones.files import check_tensors, open_tensors, read_object, read_tensor
 from runtime import Fault
 
+BROKEN_PICKLE = (  # what torch.load, and reading what it gives, may raise
+    RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, EOFError, AttributeError,
+)  # fmt: skip
+NOT_PLAIN = (  # fields of adapter_config.json that make more of an adapter than B A x
+    "use_dora", "bias", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
 
 class AdapterLinear(nn.Linear):
     """Half of an adapter: float32 weights, or small updates would vanish; arithmetic in its input's
@@ -46,11 +55,16 @@ def inject_lora(network, lora_config):
 def read_lora_config(file):
     """adapter_config.json as PEFT reads it. Refuses what is no plain LoRA."""
     content = read_object(file)
-    plain = {"peft_type": "LORA", "use_dora": False, "bias": "none", "lora_bias": False}
-    for field, wanted in plain.items():
+    for field in ("peft_type", *NOT_PLAIN):
         value = content.get(field)
-        if value != wanted and not (value is None and field != "peft_type"):
-            raise Fault(f"{file}: {field} is {value!r}; only plain LoRA is read here ({wanted!r})")
+        if value != "LORA" if field == "peft_type" else value and value != "none":
+            raise Fault(f"{file}: {field} is {value!r}; only plain LoRA is read here")
+    start = str(content.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
+        raise Fault(
+            f"{file}: init_lora_weights is {start!r}, which also changes the base model; convert "
+            "the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     try:
         lora_config = LoraConfig.from_pretrained(str(file.parent))
     except (TypeError, ValueError, KeyError) as error:
@@ -105,7 +119,7 @@ def load_adapter(network, directory, rank=0, alpha=None, targets=None):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["vh"]
             state = {key: read_tensor(tensor, key, file) for key, tensor in state.items()}
-        except (RuntimeError, UnpicklingError, KeyError, TypeError, AttributeError) as error:
+        except BROKEN_PICKLE as error:
             raise Fault(f"{file} is damaged or not RL4VLA's ({error!r})") from None
     else:
         return  # the base model's value head, or a fresh one

@@ -274,11 +274,17 @@ class OpenVLANetwork(nn.Module):
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise Fault(f"{file}: image_sizes is {sizes}, not one number of pixels for each tower")
         try:
-            text_config(config)
+            text = text_config(config)
         except Exception as error:  # transformers' own checks raise errors of many types
             raise Fault(
                 f"{file}: text_config is not Llama's ({' '.join(str(error).split())[:150]})"
             ) from None
+        words = text.vocab_size - config["pad_to_multiple_of"] - config["n_action_bins"]
+        if words < 1 or config["n_action_bins"] < 2:
+            raise Fault(
+                f"{file}: n_action_bins is {config['n_action_bins']}, of a vocabulary of "
+                f"{text.vocab_size}, {config['pad_to_multiple_of']} of them padding"
+            )
         return config
 
     @staticmethod

@@ -54,7 +54,9 @@ FLOW_SETTINGS = {  # flags of ppo_pair.py, and what config.json calls them
     "horizon": "action_horizon", "replan": "action_chunk", "denoise_steps": "num_denoise_steps",
     "noise_level": "noise_level", "sde_steps": "sde_steps",
 }  # fmt: skip
-PI_LORA_TARGETS = [  # RLinf's: every linear layer of SigLIP and of Gemma, not the projector between
+# OPEN: "LoRA on all linear layers" (Table 3) is RLinf's list, every linear layer of SigLIP and of
+# Gemma. The projector between them has no adapter and stays as it is.
+PI_LORA_TARGETS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2",
     "gate_proj", "up_proj", "down_proj",
 ]  # fmt: skip
@@ -141,10 +143,11 @@ class AdaDecoderLayer(GemmaDecoderLayer):
 class Pi0Network(nn.Module):
     """pi0 and pi0.5. t = 1 is noise, t = 0 the action.
 
-    SigLIP and Gemma read images and prompt once (`prefix`); a small expert of the same depth reads
+    SigLIP and Gemma read images and prompt once (`prefix`). A small expert of the same depth reads
     their keys and values and gives the velocity v(x, t) of a chunk of H actions (`velocity`). The
     VLM runs in the backbone's dtype; the expert (under 2 % of the arithmetic) and all that follows
-    in float32.
+    in float32. TF32 would round a velocity by 5e-4, and a log-prob, a sum over 35 elements divided
+    by a small std, by up to 1e-2: leave it off, as torch does.
     """
 
     # What load_policy and merge need to know of a network
@@ -601,6 +604,7 @@ class Pi0Network(nn.Module):
 
     def prefix_value(self, prefix):
         """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
+        # OPEN: the value loss also trains the VLM's adapters, as in RLinf, unless detach_value.
         weight = prefix.mask[..., None].float()
         return self.value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
 

@@ -251,6 +251,9 @@ def test_pi_statistics_of_an_unexpected_shape(policy, official_pi, change, sente
     (lambda c: c | {"timm_model_ids": c["timm_model_ids"][1:], "image_sizes": [96]},  # one tower
      "config.json: timm_model_ids is ['vit_so400m_patch14_siglip_224']; OpenVLA here has the two towers"),
     (lambda c: c | {"timm_model_ids": ["vit_base", "resnet"]}, "config.json: timm_model_ids is ['vit_base', 'resnet']"),
+    (lambda c: c | {"n_action_bins": 1}, "config.json: n_action_bins is 1, of a vocabulary of 448"),
+    (lambda c: c | {"n_action_bins": 500}, "config.json: n_action_bins is 500, of a vocabulary of 448"),
+    (lambda c: c | {"pad_to_multiple_of": -64}, "config.json: pad_to_multiple_of is -64, not at least 1"),
     (lambda c: c | {"norm_stats": [1]}, "config.json: norm_stats is a list, not an object"),
 ])  # fmt: skip
 def test_configs_of_an_unexpected_shape(base, change, sentence):
@@ -278,6 +281,7 @@ def test_configs_that_mean_what_they_always_meant(base):
 @pytest.mark.parametrize("change, sentence", [
     ({"action_horizon": "8"}, 'config.json: action_horizon is "8", not of type int'),
     ({"noise_level": None}, "config.json: noise_level is null, not of type float"),
+    ({"depth": 0}, "config.json: depth is 0, not at least 1"),
     ({"value_head_hidden": 16}, "config.json: value_head_hidden is 16, not of type list"),
     ({"noise_level": math.nan}, "--noise-level must be positive"),
 ])  # fmt: skip
@@ -302,6 +306,8 @@ def test_an_index_without_a_weight_map(base, content):
     ({"use_dora": True}, "adapter_config.json: use_dora is True; only plain LoRA"),
     ({"bias": "all"}, "adapter_config.json: bias is 'all'; only plain LoRA"),
     ({"lora_bias": True}, "adapter_config.json: lora_bias is True; only plain LoRA"),
+    ({"layer_replication": [[0, 2]]}, "adapter_config.json: layer_replication is [[0, 2]]; only plain LoRA"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which also changes the base model"),
     ({"r": 0}, "adapter_config.json: r is 0, not a rank"),
     ({"r": "4"}, "adapter_config.json: r is '4', not a rank"),
     ({"lora_alpha": None}, "adapter_config.json: lora_alpha is None, not a number"),
@@ -394,6 +400,13 @@ def test_ranks_out_of_range(saved, options):
         saved / "base",
         **options,
     )
+
+
+def test_flags_that_would_do_nothing(saved, policy, official_pi):
+    refused("--lora-targets is of adapters, and --lora-rank 0", "openvla-tiny", saved / "base", lora_targets=["q_proj"])
+    refused("--dtype 'float16' is none of auto, bfloat16, float32", "openvla-tiny", dtype="float16")
+    shutil.rmtree(official_pi / "physical-intelligence")
+    refused("norm_stats has no key 'mine'", policy.config["model_type"], official_pi, unnorm_key="mine")
 
 
 def test_every_numeric_flag_has_a_range():

@@ -469,8 +469,8 @@ def full_cpu(lora_rank):
         policy = policies.load_policy("openvla", name, dtype=torch.bfloat16, **options)
         clock.append(time.time())
         print(
-            f"load_policy: {clock[-1] - clock[-2]:.0f} s, at the peak {memory.peak / weights:.2f} x "
-            f"the weights ({weights / GIB:.1f} GiB)",
+            f"load_policy: {clock[-1] - clock[-2]:.0f} s, {memory.peak / weights:.2f} x the "
+            f"weights at the peak ({weights / GIB:.1f} GiB)",
             flush=True,
         )
         loaded = memory.peak
