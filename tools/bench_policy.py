@@ -428,18 +428,18 @@ def write_shards(directory, count=3):
     with torch.device("meta"):
         policy = policies.TokenPolicy(config)
     shapes = {k: t.shape for k, t in policy.state_dict().items() if not k.startswith("value_head.")}
-    noise = (torch.randn(2**27) * 0.02).bfloat16()  # tensors are cut from it, again and again
+    noise = (torch.randn(2**24) * 0.02).bfloat16()  # every tensor is filled with it
     weight_map, keys = {}, list(shapes)
     for i in range(count):
         name = f"model-{i + 1:05}-of-{count:05}.safetensors"
         part = keys[i * len(keys) // count : (i + 1) * len(keys) // count]
         tensors = {}
         for key in part:
-            size = shapes[key].numel()
-            tensors[key] = noise.repeat(-(-size // len(noise)))[:size].view(shapes[key])
-            if len(shapes[key]) == 1 and "norm" in key and key.endswith("weight"):
-                tensors[key] = torch.ones(shapes[key], dtype=torch.bfloat16)
-        save_file({k: t.clone() for k, t in tensors.items()}, directory / name, {"format": "pt"})
+            norm = len(shapes[key]) == 1 and key.endswith("weight")
+            tensors[key] = torch.full(shapes[key], float(norm), dtype=torch.bfloat16)
+            for piece in tensors[key].view(-1).split(len(noise)):
+                piece.add_(0 if norm else noise[: len(piece)])
+        save_file(tensors, directory / name, {"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
