@@ -215,13 +215,13 @@ def find_pack(assets: str):
     return pack
 
 
-def make_env(assets: str, image_size: int | None = None):
+def make_env(assets: str, image_size: int | None = None, resize: str | None = None):
     """One bare scene in this process -> scenes.task.PutOnPlate."""
     pack = find_pack(assets)
     from scenes.task import PutOnPlate
 
     try:
-        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size)
+        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size, resize)
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
@@ -256,8 +256,8 @@ def choose_sim(sim: str) -> str:
 
 
 def make_envs(
-    num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None,
-    sim="cpu",
+    num_envs, assets="builtin", *, image_size=None, resize=None, num_workers=None, alter=None,
+    preserve=None, sim="cpu",
 ):  # fmt: skip
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
     core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
@@ -265,6 +265,8 @@ def make_envs(
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
+        resize: how to get there from the 640 x 480 of the pack rl4vla: "squash" into a square, or
+        "keep" the aspect ratio (the height is then smaller). None: drawn square at once.
         alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre
         to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
@@ -285,11 +287,11 @@ def make_envs(
     if choose_sim(sim) == "cuda":
         from scenes.gpu import CudaVecEnv
 
-        return CudaVecEnv(num_envs, pack, image_size, sample, views)
+        return CudaVecEnv(num_envs, pack, image_size, resize, sample, views)
     from scenes.workers import VecEnv
 
     num_workers = min(num_envs, num_workers or len(os.sched_getaffinity(0)))
-    return VecEnv(num_envs, pack, image_size, sample, make_env, views, num_workers)
+    return VecEnv(num_envs, pack, image_size, resize, sample, make_env, views, num_workers)
 
 
 # ------------------------------------------------------------ Command line

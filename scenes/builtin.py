@@ -191,6 +191,7 @@ class BuiltinPack:
     camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
     camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 96
+    camera_shape = None  # no pixels of its own: drawn square, at any size
     sim_freq, control_freq = 100, 5
     max_episode_steps = 20
     # Steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter ones)
@@ -220,7 +221,7 @@ class BuiltinPack:
     def clean_up(self):
         URDF_FOLDER.cleanup()
 
-    def lens(self, size: int) -> dict:
+    def lens(self, height: int, width: int) -> dict:
         return dict(fov=np.deg2rad(38))
 
     def radius(self, i: int) -> float:
@@ -275,7 +276,7 @@ class BuiltinPack:
             material.base_color_texture = texture
         return materials
 
-    def photos(self, size: int):
+    def photos(self, height: int, width: int):
         """Photographs of tables behind the scene: none, because the tables here are surfaces."""
         return None
 

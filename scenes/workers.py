@@ -30,10 +30,19 @@ def view_stream(episode, alter_seed: int, elapsed: int, name: str) -> np.random.
     return np.random.default_rng([alter_seed, episode.id, elapsed] + [1] * (name == "rgb_pre"))
 
 
-def shared_row(size: int, views) -> np.dtype:
+def frame_shape(pack, image_size: int | None, resize: str | None) -> tuple[int, int]:
+    """Height and width of the frames: a square, unless the camera's aspect ratio is kept."""
+    size = image_size or pack.image_size
+    if resize == "keep" and pack.camera_shape:
+        height, width = pack.camera_shape
+        return size * height // width, size
+    return size, size
+
+
+def shared_row(shape: tuple[int, int], views) -> np.dtype:
     """What one scene shows the main process: its row of an array in shared memory."""
-    picture = (size, size, 3)
-    fields = [("rgb", np.uint8, picture), ("mask", np.bool_, picture[:2]), ("state", np.float32, 8)]
+    picture = (*shape, 3)
+    fields = [("rgb", np.uint8, picture), ("mask", np.bool_, shape), ("state", np.float32, 8)]
     fields += [(name, np.uint8, picture) for name in views]
     fields += [("reward", np.float32), ("episode_return", np.float32), ("view_seconds", np.float64)]
     fields += [(name, np.bool_) for name in ("success", "success_once", "grasped")]
@@ -63,7 +72,7 @@ def serve(conn_fd: int, memory_fd: int):
     conn, scenes = Connection(conn_fd), []
     try:
         setup = conn.recv()
-        make, assets, image_size = find(setup["make"]), setup["assets"], setup["image_size"]
+        make = find(setup["make"])
         from scenes.task import (
             render_backend,  # the simulator, which the main process need not import
         )
@@ -72,8 +81,8 @@ def serve(conn_fd: int, memory_fd: int):
             # Mesa draws in a thread of its own, which may be slow to wake on another core
             os.sched_setaffinity(0, {setup["core"]})
         views = {name: find(view) for name, view in setup["views"].items()}
-        arrays = np.frombuffer(mmap.mmap(memory_fd, 0), shared_row(image_size, views))
-        scenes += [make(assets, image_size) for _ in setup["slots"]]
+        arrays = np.frombuffer(mmap.mmap(memory_fd, 0), shared_row(setup["shape"], views))
+        scenes += [make(*setup["scene"]) for _ in setup["slots"]]
         conn.send(("ok", None))
 
         def look(scene, slot):
@@ -128,20 +137,20 @@ class VecEnv:
     """N scenes in worker processes, all at the same step of their episodes. envs.make_envs makes
     it.
 
-    pack: the scenes' asset pack. make: (its name, image size) -> a scene, at the top of a file.
+    pack: the scenes' asset pack. make: (its name, image size, resize) -> a scene, at the top of a file.
     sample: (episode id, split name) -> Episode. views: name in the observation -> function of
     views.py.
     """
 
-    def __init__(self, num_envs, pack, image_size, sample, make, views, num_workers):
+    def __init__(self, num_envs, pack, image_size, resize, sample, make, views, num_workers):
         self.num_envs, self.num_workers = num_envs, num_workers
         self.pack, self.sample = pack, sample
-        self.image_size = image_size or pack.image_size
         self.max_episode_steps = pack.max_episode_steps
         self.instructions: list[str] = []
         self.elapsed = 0
         self._pictures = ["rgb", "mask", "state", *views]
-        row = shared_row(self.image_size, views)
+        shape = frame_shape(pack, image_size, resize)
+        row = shared_row(shape, views)
         memory = tempfile.TemporaryFile()
         memory.truncate(num_envs * row.itemsize)
         self._arrays = np.frombuffer(mmap.mmap(memory.fileno(), 0), row)
@@ -151,7 +160,7 @@ class VecEnv:
         cores = sorted(os.sched_getaffinity(0))
         first = LOCAL_RANK * num_workers  # torchrun's other processes have workers too
         code = f"import sys; sys.path[:] = {sys.path!r}; from scenes.workers import serve; serve"
-        setup = dict(make=name_of(make), assets=pack.name, image_size=self.image_size,
+        setup = dict(make=name_of(make), scene=(pack.name, image_size, resize), shape=shape,
                      views={name: name_of(view) for name, view in views.items()})  # fmt: skip
         for i, slots in enumerate(self._slots):
             ours, theirs = socket.socketpair()

@@ -123,7 +123,7 @@ def test_rl4vla_has_25_objects_and_21_tables():
         and pack.names[15] == "BBQ sauce"
         and pack.names[16] == "travel cup"
     )
-    photos = pack.photos(32)
+    photos = pack.photos(32, 32)
     assert photos.shape == (21, 32, 32, 3) and photos.dtype == np.uint8
     assert (
         min(np.abs(photos[i].astype(int) - photos[j]).mean() for i in range(21) for j in range(i))
@@ -470,7 +470,7 @@ def test_rl4vla_camera_and_controller(scene, start):
 @needs_rl4vla
 def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
     env = scene("rl4vla")
-    photos = env.pack.photos(96)
+    photos = env.pack.photos(96, 96)
     for split in ("train", "texture", "clutter-8", "lighting"):
         start(env, 3, split, rebuild=False)
         rgb, ids = env.picture()

@@ -19,7 +19,7 @@ def make_one(drawn):
     pack = builtin.PACK
     sample = partial(envs.sample_episode, pack=pack)
     backends = dict(sim_backend="physx_cpu", render_backend=task.render_backend())
-    return gpu.CudaVecEnv(1, pack, None, sample, drawn, **backends)
+    return gpu.CudaVecEnv(1, pack, None, None, sample, drawn, **backends)
 
 
 def same_picture(a, b):
