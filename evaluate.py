@@ -139,7 +139,7 @@ def play_episodes(policy, envs, split, episode_ids, temperature, seed=0, ablate=
         noise = torch.Generator().manual_seed(noise_seed(seed, split, batch))  # of --ablate noise
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(noise_seed(seed, split, batch))
-            obs = envs.reset(padded, split, exact=True)
+            obs = envs.reset(padded, split, rebuild=True)
             instructions = list(envs.instructions)
             while steps < envs.max_episode_steps:
                 shown, said = ablated(obs, instructions, ablate, noise)

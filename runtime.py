@@ -1,26 +1,36 @@
-"""What every long run needs and no paper describes: errors, ranks, seeds, whole directories, checkpoints, guards.
+"""What every long run needs and no paper describes: flags, ranks, seeds, files, guards, logs.
 
-Nothing here knows what a policy or a simulator is. The method is in ppo_pair.py.
+The method is in ppo_pair.py. Of a policy, this file knows the contract in policies.py.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import fcntl
 import hashlib
+import importlib.util
 import io
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -37,8 +47,100 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        print("interrupted: every file saved so far is whole", file=sys.stderr)
+        print("interrupted: every checkpoint and record saved so far is whole", file=sys.stderr)
         sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------ flags
+def flatten(args) -> dict:
+    """The fields of a dataclass, those of nested ones among them: what args.json holds."""
+    flat = {}
+    for name, value in vars(args).items():
+        flat |= flatten(value) if dataclasses.is_dataclass(value) else {name: value}
+    return flat
+
+
+def unflatten(cls, values: dict):
+    """The inverse of `flatten`. Fields that `values` lacks get their defaults."""
+    fields, hints = {}, get_type_hints(cls)
+    for name in (f.name for f in dataclasses.fields(cls)):
+        if dataclasses.is_dataclass(hints[name]):
+            fields[name] = unflatten(hints[name], values)
+        elif name in values:
+            fields[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    return cls(**fields)
+
+
+def check_ranges(args, *tables: dict[str, str]):
+    """Raise a Fault for the first number outside its range. tables: {range: "flag flag ..."}."""
+    values = flatten(args)
+    for text, names in ((text, names) for table in tables for text, names in table.items()):
+        low, _, high = text.partition(" to ")
+        low = float(low.replace("above", "").replace("at least", "").replace("or more", ""))
+        for name in names.split():
+            value = values[name]
+            if value is None:
+                continue
+            inside = value > low if text.startswith("above") else value >= low
+            if not (inside and value <= float(high or "inf") and math.isfinite(value)):
+                raise Fault(f"--{name.replace('_', '-')} is {value}: it must be {text}")
+
+
+def parse(cls, preset, may_change=(), replaced=(), command=None):
+    """The command line -> cls. --backbone chooses the defaults, --resume brings the run's own.
+
+    replaced: {flag that is gone: sentence}. Raises a Fault where a flag contradicts the run.
+    """
+    command = list(sys.argv[1:] if command is None else command)
+    command = [
+        word for text in command for word in (text.split("=", 1) if text[:2] == "--" else [text])
+    ]
+    for flag in command:
+        if flag.replace("_", "-") in replaced:
+            raise Fault(f"{flag} is gone: {replaced[flag.replace('_', '-')]}")
+    named = [after for word, after in zip(command, command[1:]) if word == "--backbone"]
+    defaults = preset(named[-1]) if named else preset()
+    switches = [
+        f"--{k.replace('_', '-')}" for k, v in flatten(defaults).items() if isinstance(v, bool)
+    ]
+    words = []  # --flag True and --flag False are another spelling of --flag and --no-flag
+    for word in command:
+        if word.lower() in ("true", "false") and words and words[-1].replace("_", "-") in switches:
+            words[-1] = words[-1] if word.lower() == "true" else f"--no-{words[-1][2:]}"
+        else:
+            words.append(word)
+
+    def cli(default):
+        return tyro.cli(cls, args=words, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+    args = cli(defaults)
+    if args.resume == "auto":
+        runs = [args.run_dir] if args.run_dir else [str(path) for path in Path("runs").glob("*")]
+        runs = [run for run in runs if checkpoints(Path(run))]
+        newest = max(runs, key=lambda run: checkpoints(Path(run))[-1].stat().st_mtime, default=None)
+        args.resume = newest  # None: start
+    if args.resume:
+        run_dir = Path(args.resume)
+        if run_dir.name.startswith("checkpoint-") or run_dir.name == "best":
+            raise Fault(
+                f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}"
+            )
+        file = newest_checkpoint(run_dir) / "args.json"
+        values, known = read_json(file), flatten(defaults)
+        if not isinstance(values, dict) or values.keys() != known.keys():
+            raise Fault(f"{file} is of another version of this program: start another run")
+        saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
+        args = cli(saved)
+        args.resume = args.run_dir = saved.resume
+        for name, value in flatten(saved).items():
+            asked = flatten(args)[name]
+            if asked != value and name not in may_change:
+                flag = f"--{name.replace('_', '-')}"
+                raise Fault(
+                    f"{flag} {asked}: the run in {run_dir} has {value}; leave the flag out, "
+                    "or start another run"
+                )
+    return args
 
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -50,9 +152,10 @@ RANK, WORLD = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
 LOCAL_RANK, LOCAL_WORLD = from_torchrun("LOCAL_RANK", 0), from_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
-def join_ranks(backend: str):
-    """Connect the processes that torchrun started. Alone: nothing. backend: "nccl" or "gloo"."""
+def join_ranks(device=None):
+    """Connect the processes that torchrun started. Alone: nothing."""
     if WORLD > 1 and not dist.is_initialized():
+        backend = "gloo" if device is None or device.type == "cpu" else "nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
@@ -62,7 +165,7 @@ def leave_ranks():
 
 
 def collective(function, *args):
-    """A torch.distributed call where there are several ranks. If one has died, the others end with a sentence."""
+    """A torch.distributed call, where there are several ranks. If one has died, a sentence."""
     if dist.is_initialized():
         try:
             function(*args)
@@ -84,6 +187,29 @@ def from_rank_0(value):
     return values[0]
 
 
+def own_device(cuda: bool) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or `cuda` is off."""
+    if not (cuda and torch.cuda.is_available()):
+        return torch.device("cpu")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
+
+
+def own_cores() -> int:
+    """How many cores this rank may keep busy."""
+    return max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD)
+
+
+def check_shares(args):
+    """Can the ranks share environments and minibatches equally?"""
+    if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
+        raise Fault(
+            f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by "
+            f"{WORLD} ranks: each needs an environment, and the batch size must be a multiple of "
+            "--num-envs"
+        )
+
+
 def own_slots(num_envs: int) -> range:
     """Which of num_envs environments are this rank's."""
     return range(num_envs * RANK // WORLD, num_envs * (RANK + 1) // WORLD)
@@ -94,7 +220,7 @@ MAX_SEED = 2**31 - 1
 
 
 def seed_all(*key: int):
-    """Every iteration starts from seeds of its own, so a resumed run needs no random state of the one before."""
+    """An iteration starts from seeds of its own: a resumed run needs no other random state."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -113,7 +239,7 @@ EPISODE_RANGES = {
 
 
 def episode_ids(purpose: str, seed: int, first: int, count: int) -> range:
-    """Ids first ... first + count - 1 of one purpose and seed. Ids of two purposes are never equal, for any seeds.
+    """Ids first ... first + count - 1. Ids of two purposes are never equal, for any seeds.
 
     Raises: Fault where the purpose has fewer ids.
     """
@@ -122,10 +248,18 @@ def episode_ids(purpose: str, seed: int, first: int, count: int) -> range:
         raise Fault(f"the seed {seed} is out of range: use 0 to {MAX_SEED}")
     if first + count > size:
         raise Fault(
-            f"{first + count} episodes for {purpose!r} are too many: at most {size} are set apart for it"
+            f"{first + count} episodes for {purpose!r} are too many: at most {size} are set apart"
         )
     start += seed * per_seed + first
     return range(start, start + count)
+
+
+def train_ids(args, iteration: int, rounds: int):
+    """Ids of this rank's training episodes in an iteration (1, 2, ...), round by round."""
+    own = own_slots(args.num_envs)
+    for i in range(rounds):
+        first = ((iteration - 1) * rounds + i) * args.num_envs + own.start
+        yield from episode_ids("train", args.seed, first, len(own))
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -145,9 +279,9 @@ def write_text(path: Path, text: str):
 
 @contextmanager
 def whole_directory(directory):
-    """Yields a Path to write flat files into. At the end they appear as `directory`, whole and on disk, or not at all.
+    """A Path to write files into. They appear as `directory`, whole and on disk, or not at all.
 
-    SHA256SUMS (check it with `sha256sum -c SHA256SUMS`) is added, what `directory` held before goes.
+    SHA256SUMS (for `sha256sum -c SHA256SUMS`) is added. What `directory` held before goes.
     """
     directory = Path(directory)
     temporary, old = (
@@ -191,7 +325,7 @@ def sync(path):
 
 
 def verify(directory: Path):
-    """Compare every file that `whole_directory` wrote with its hash. A Fault names the first that differs."""
+    """Compare every file that `whole_directory` wrote with its hash. A Fault names the first."""
     try:
         lines = (directory / "SHA256SUMS").read_text().splitlines()
         if not lines:
@@ -200,18 +334,47 @@ def verify(directory: Path):
             wanted, _, name = line.partition("  ")
             if file_hash(directory / name) != wanted:
                 raise Fault(
-                    f"{directory / name} is damaged: it is not the file that was saved (see SHA256SUMS there)"
+                    f"{directory / name} is damaged: it is not the file that was saved (SHA256SUMS)"
                 )
     except (OSError, UnicodeDecodeError) as error:
         raise Fault(f"{directory} is damaged or incomplete ({error})") from None
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------- checkpoints
+LOCKS = []  # open files of run directories: a lock lasts as long as its process
+
+
+def make_run_dir(args):
+    """Set args.run_dir, make it and write args.json. Refuses a folder that is another run's."""
+    name = f"runs/{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [args.run_dir] if args.run_dir else [name, *(f"{name}-{i}" for i in range(2, 100))]
+    try:
+        for args.run_dir in names:
+            try:
+                Path(args.run_dir).mkdir(parents=True, exist_ok=len(names) == 1)
+                break
+            except FileExistsError:  # another run began in this second
+                if args.run_dir == names[-1]:
+                    raise
+        run_dir = Path(args.run_dir)
+        if checkpoints(run_dir) and not args.resume:
+            raise Fault(f"{run_dir} holds another run's checkpoints: use --resume {run_dir}, "
+                        "or name another --run-dir")  # fmt: skip
+        LOCKS.append(open(run_dir / "lock", "w"))
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_text(run_dir / "args.json", json.dumps(flatten(args), indent=2))
+    except BlockingIOError:
+        raise Fault(f"another run is writing to {run_dir}: wait for it, or name another --run-dir")
+    except OSError as error:
+        raise Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(
+    found = (
         p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
     )
+    return sorted(found)
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
@@ -222,20 +385,21 @@ def newest_checkpoint(run_dir: Path) -> Path:
             return path
         except Fault as error:
             print(f"{error}. Going back to the checkpoint before.", file=sys.stderr)
-    raise Fault(
-        f"{run_dir} holds no whole checkpoint-* directory: start another run, or name another --resume"
-    )
+    raise Fault(f"{run_dir} holds no whole checkpoint-* directory: name another run, or start one")
 
 
-def save_checkpoint(run_dir: Path, policy, args: dict, trainer: dict, keep: int) -> Path:
-    """Write run_dir/checkpoint-ITERATION, whole or not at all -> its path. `best` links to the best.
+def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
+    """Write run_dir/checkpoint-ITERATION, whole or not at all -> its path. `best` is a link.
 
-    The newest `keep` and the best stay. trainer: iteration, best (its success, its iteration), optimizer, records.
+    The newest args.keep and the best stay. trainer: a dict with iteration, best and what else a
+    resumed run needs. Ranks other than 0 write nothing.
     """
     path = run_dir / f"checkpoint-{trainer['iteration']:06d}"
+    if RANK > 0:
+        return path
     with whole_directory(path) as directory:
         policy.save(directory)
-        (directory / "args.json").write_text(json.dumps(args, indent=2))
+        (directory / "args.json").write_text(json.dumps(flatten(args), indent=2))
         buffer = io.BytesIO()  # a full disk is an OSError then
         torch.save(trainer, buffer)
         (directory / "trainer.pt").write_bytes(buffer.getbuffer())
@@ -244,7 +408,339 @@ def save_checkpoint(run_dir: Path, policy, args: dict, trainer: dict, keep: int)
     link.unlink(missing_ok=True)
     link.symlink_to(best)
     os.replace(link, run_dir / "best")
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in checkpoints(run_dir)[: -args.keep]:
         if old.name != best:
             shutil.rmtree(old.replace(old.with_name(old.name + ".partial")))
     return path
+
+
+class RunState:
+    """What a resumed run goes on from, beside the policy's weights.
+
+    success and unrelated_kl: of every iteration, after the start's unrelated_kl. best: the highest
+    mean of 8 successes at a checkpoint, and its iteration. sight: the latents of `Sight`.
+    """
+
+    NAMES = ("iteration", "success", "unrelated_kl", "best", "sight")
+
+    def __init__(self, args, policy, optimizer, target, resumed: Path | None):
+        self.args, self.policy, self.optimizer, self.target = args, policy, optimizer, target
+        self.iteration, self.success, self.unrelated_kl = 0, [], []
+        self.best, self.sight = (-1.0, 0), None
+        if resumed:
+            saved = torch.load(
+                resumed / "trainer.pt", map_location=policy.device, weights_only=True
+            )
+            for name in self.NAMES:
+                setattr(self, name, saved[name])
+            optimizer.load_state_dict(saved["optimizer"])
+            target.load(saved["target"])
+            print(f"going on from {resumed}", file=sys.stderr)
+
+    def record(self, iteration: int, stats: dict):
+        self.iteration = iteration
+        self.success.append(stats["success"])
+        self.unrelated_kl.append(stats["unrelated_kl"])
+
+    def save(self) -> Path:
+        self.best = max(tuple(self.best), (float(np.mean(self.success[-8:])), self.iteration))
+        trainer = {name: getattr(self, name) for name in self.NAMES}
+        trainer |= dict(optimizer=self.optimizer.state_dict(), target=self.target.state())
+        return save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
+
+    def snapshot(self):
+        """What one update changes, copied to the CPU: one that SIGTERM cuts short is undone."""
+        if RANK > 0:  # rank 0 saves
+            return None
+        weights = {k: p.detach().cpu().clone() for k, p in self.policy.named_parameters()
+                   if p.requires_grad}  # fmt: skip
+        return weights, copy.deepcopy(self.optimizer.state_dict())
+
+    def restore(self, before):
+        if before is not None:
+            self.policy.load_state_dict(before[0], strict=False)
+            self.optimizer.load_state_dict(before[1])
+
+    def say_how_to_go_on(self):
+        if RANK == 0:
+            then = f"go on with: python ppo_pair.py --resume {self.args.run_dir}"
+            then = then if self.iteration else "nothing is there to resume yet"
+            print(f"stopped by SIGTERM after iteration {self.iteration}; {then}")
+
+
+def whole_episodes(num_steps: int, length: int) -> int:
+    """How many episodes of `length` steps make up --num-steps."""
+    if num_steps % length:
+        raise Fault(f"--num-steps {num_steps} must be a multiple of the episode length, {length}")
+    return num_steps // length
+
+
+# ------------------------------------------------------------------------------------------ SIGTERM
+terminated = []  # not empty: SIGTERM came (Slurm, spot machines)
+
+
+def stop_requested() -> bool:
+    """Was this rank told to stop?"""
+    return bool(terminated)
+
+
+def any_rank_stops(device) -> bool:
+    return all_reduce(torch.tensor([float(stop_requested())], device=device)).item() > 0
+
+
+@contextmanager
+def sigterm_stops():
+    """Inside, SIGTERM lets the current step end: rollout and update look at it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------------------------------ update
+def moments(x: torch.Tensor) -> tuple[float, float, int]:
+    """Mean, standard deviation and number of the elements of x on all ranks, in float64."""
+    x = x.double()
+    n, total, squares = all_reduce(
+        torch.stack([torch.ones_like(x).sum(), x.sum(), (x**2).sum()])
+    ).tolist()
+    return total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5, int(n)
+
+
+def minibatches(batch, epochs: int, args, generator):
+    """Yields, per optimizer step, the indices of this rank's decisions and how many all ranks have.
+
+    A minibatch takes as many decisions of one environment as of another (give or take one). Ranks
+    have equal work, and what is in a minibatch does not depend on their number.
+    """
+    own = own_slots(args.num_envs)
+    num_steps = len(batch["logprobs"]) // len(own)
+    n, env = num_steps * args.num_envs, torch.arange(num_steps * args.num_envs) % args.num_envs
+    is_own = (env >= own.start) & (env < own.stop)
+    for _ in range(epochs):
+        order = torch.rand(num_steps, args.num_envs, generator=generator).argsort(0).flatten()
+        inds = order * len(own) + env - own.start
+        for start in range(0, n, args.batch_size):
+            stop = min(start + args.batch_size, n)
+            yield inds[start:stop][is_own[start:stop]], stop - start
+
+
+class Means:
+    """Means of statistics over the samples of all ranks: of one step (`step`), and of an update."""
+
+    def __init__(self):
+        self.now, self.totals, self.grad_norms, self.step, self.first = 0.0, 0.0, [], {}, None
+
+    def add(self, stats: dict, groups: dict):
+        """stats: {name: (B,)}. groups: {name: (B,) bool}: whose KLs are logged apart."""
+        kls = [name for name in ("inv_kl", "sen_kl") if name in stats]
+        stats = stats | {
+            f"{k}_{group}": stats[k][rows] for group, rows in groups.items() for k in kls
+        }
+        self.names = list(stats)
+        counts = torch.tensor([float(len(v)) for v in stats.values()], device=stats["loss"].device)
+        sums = torch.stack([v.detach().float().sum() for v in stats.values()])
+        self.now = self.now + torch.stack([sums, counts])  # (2, K)
+
+    def all_reduce(self, parameters) -> bool:
+        """Sum statistics and gradients over the ranks -> was any of them told to stop?"""
+        stop = self.now.new_tensor([float(stop_requested())])
+        if WORLD > 1:
+            parts = [stop, self.now, *(p.grad for p in parameters if p.grad is not None)]
+            flat = all_reduce(torch.cat([part.flatten() for part in parts]))
+            for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+                part.copy_(total.view_as(part))
+        self.step = dict(zip(self.names, self.now[0] / self.now[1]))
+        self.totals, self.finite, self.now = self.totals + self.now, self.now.sum(), 0.0
+        return stop.item() > 0
+
+    def took_step(self, grad_norm):
+        self.grad_norms.append(grad_norm)
+
+    def result(self) -> dict:
+        """ratio_dev is that of the first step, before which nothing was learnt."""
+        means = dict(zip(self.names, (self.totals[0] / self.totals[1]).tolist()))
+        norm = torch.stack(self.grad_norms).mean().item() if self.grad_norms else 0.0
+        return means | dict(ratio_dev=self.first, grad_norm=norm, updates=len(self.grad_norms))
+
+
+# ------------------------------------------------------------------------------------------ guards
+MAX_RATIO_DEV = {
+    torch.float32: 0.01,
+    torch.float64: 0.01,
+}  # of the mean |ratio - 1| before any step
+MAX_RATIO_DEV_BF16 = 0.1  # bfloat16 rounds to 0.03 in 32 layers; a mistake is larger
+
+
+def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_dir):
+    """Before a step: is everything finite? Before the first: do both agree, is all taught?"""
+    if not torch.isfinite(grad_norm + means.finite):  # every rank sees it: a sum with a nan is one
+        file, inds = (
+            Path(run_dir) / f"nonfinite_rank{RANK}.pt",
+            mb_inds.to(batch["logprobs"].device),
+        )
+        parts = {k: v[inds].cpu() for k, v in (batch["obs"] | batch["latents"]).items()}
+        torch.save(
+            dict(parts, instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file
+        )
+        raise Fault("a loss, log-prob or gradient is not finite: stopped before the step, every "
+                    f"checkpoint is from before; the minibatch is in {file}")  # fmt: skip
+    if means.first is not None:
+        return
+    means.first = means.step["ratio_dev"].item()
+    if means.first > MAX_RATIO_DEV.get(policy.dtype, MAX_RATIO_DEV_BF16):
+        raise Fault(f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
+                    "before any step): the policy's act and evaluate_actions disagree")  # fmt: skip
+    known = {id(p) for p in parameters}
+    for name, p in policy.named_parameters():  # it would stay as it is without any error
+        if p.requires_grad and (id(p) not in known or p.grad is None):
+            reason = "gets no gradient" if id(p) in known else "is not on the optimizer"
+            raise Fault(f"the parameter {name} is to be trained but {reason}: freeze it or use it")
+
+
+def check_weights(policy):
+    """Nothing that is not finite may get into a checkpoint."""
+    names, sums = zip(*((name, p.sum()) for name, p in policy.named_parameters()))
+    finite = torch.stack([s.float() for s in sums]).isfinite().tolist()  # one wait for the GPU
+    if not all(finite):
+        name = names[finite.index(False)]
+        raise Fault(
+            f"the weight {name} is not finite: resume from the last checkpoint, or start anew"
+        )
+
+
+class Sight:
+    """Does the policy see? Fixed frames, asked before training and after every iteration.
+
+    A policy that is blind acts without any error. OpenVLA on newer transformers was, and a policy
+    that is blind has the smallest L_inv. Frames, instructions and latents stay the same over a run,
+    a resumed one among them, so the numbers of two iterations differ by the policy alone.
+    """
+
+    @torch.no_grad()
+    def __init__(self, policy, obs: dict, instructions: list[str], state: RunState, n=64):
+        device = policy.device
+        self.obs, self.instructions = (
+            {k: v[:n].to(device) for k, v in obs.items()},
+            instructions[:n],
+        )
+        if state.sight is None:
+            state.sight = policy.act(self.obs, self.instructions).latent
+        self.latent = state.sight
+        views = {
+            "a black and a white image": [torch.full_like(self.obs["rgb"], v) for v in (0, 255)]
+        }
+        if "rgb_alt" in obs:
+            views["images with the target here and there"] = [self.obs["rgb"], self.obs["rgb_alt"]]
+        for what, pair in views.items():
+            if self.kl(policy, *pair).max() < 1e-9:
+                raise Fault(f"the policy does not see: {what} give the same actions")
+        if not state.unrelated_kl:
+            state.unrelated_kl.append(self.unrelated_kl(policy))  # of the start
+
+    @torch.no_grad()
+    def kl(self, policy, rgb, other):
+        """(B,): between the distributions of two pictures under one instruction and one latent."""
+        p, q = (policy.evaluate_actions({**self.obs, "rgb": x}, self.instructions, self.latent).dist
+                for x in (rgb, other))  # fmt: skip
+        return policy.kl(p, q)
+
+    def unrelated_kl(self, policy) -> float:
+        """KL between unrelated frames. It falls to 0 for a policy that goes blind."""
+        rgb = self.obs["rgb"]
+        return from_rank_0(self.kl(policy, rgb, rgb.roll(1, 0)).mean().item())
+
+
+WINDOW = 5  # iterations: a guard that looks at fewer fires on noise
+BLIND = 0.5  # of the start's KL between unrelated frames
+LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at least
+
+
+def check_collapse(state: RunState, warmup: int):
+    """Stop a run that destroys its policy. The thresholds: none of the 18 healthy runs in results/
+    comes near (the worst keeps 0.85 of its success), the one that collapsed trips at 17 of 24."""
+    start, *unrelated = state.unrelated_kl
+    success, warmup = state.success, max(warmup, 1)
+    if len(success) < warmup + WINDOW:
+        return
+    if np.mean(unrelated[-WINDOW:]) < BLIND * start:
+        raise Fault(f"the policy is going blind: the KL of unrelated frames fell from {start:.3g} "
+                    f"to {np.mean(unrelated[-WINDOW:]):.3g}; lower --inv-coef")  # fmt: skip
+    before, now = np.mean(success[:warmup]), np.mean(success[-WINDOW:])
+    if now < LOST * before and now < before - LOST_POINTS:
+        raise Fault(f"the policy loses what it could: success fell from {before:.2f} to {now:.2f}; "
+                    "lower --learning-rate, --inv-coef or --sen-coef")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ logs
+class RunLog:
+    """Rank 0's: health lines, RUN/log.jsonl, TensorBoard, and Weights & Biases if asked."""
+
+    def __init__(self, args, done: int):
+        if RANK > 0:
+            return
+        if args.track:  # before the writer is made, or nothing of it is synchronised
+            if importlib.util.find_spec("wandb") is None:
+                raise Fault("--track needs Weights & Biases: pip install wandb, or leave it out")
+            import wandb
+
+            wandb.init(
+                project="pair-vla",
+                name=Path(args.run_dir).name,
+                config=flatten(args),
+                sync_tensorboard=True,
+            )
+        self.file = Path(args.run_dir) / "log.jsonl"
+        lines = self.file.read_text().splitlines() if done else []
+        write_text(
+            self.file,
+            "".join(line + "\n" for line in lines if json.loads(line)["iteration"] <= done),
+        )
+        self.writer = SummaryWriter(Path(args.run_dir) / "tensorboard", purge_step=done + 1)
+        self.bar = tqdm(desc="iterations", initial=done, total=args.iterations)
+
+    def write(self, iteration: int, stats: dict, success: list, warming: bool):
+        """stats of one iteration. success: of all iterations so far."""
+        if RANK > 0:
+            return
+        try:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(dict(iteration=iteration, warming=warming, **stats)) + "\n")
+            for name, value in stats.items():
+                self.writer.add_scalar(f"train/{name}", value, iteration)
+            self.writer.flush()
+        except OSError as error:
+            raise Fault(
+                f"the log {self.file} could not be written ({error}); no checkpoint is touched"
+            )
+        tqdm.write(health_line(iteration, stats, success[-8:], warming))
+        self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if RANK == 0:
+            self.bar.close()
+            self.writer.close()
+
+
+HEALTH = dict(
+    reward=".3f", explained_variance="+.2f", ratio_dev=".0e", clipfrac=".2f", approx_kl=".4f",
+    entropy=".2f", grad_norm=".2f", inv_kl=".3f", sen_kl=".3f", sen_clipped=".2f",
+    unrelated_kl=".3f",
+)  # fmt: skip
+SHORT = dict(explained_variance="ev", approx_kl="kl", grad_norm="grad")
+
+
+def health_line(iteration: int, stats: dict, recent: list, warming: bool) -> str:
+    words = [
+        f"{iteration:4d} success {stats['success']:.3f} (last {len(recent)}: {np.mean(recent):.3f})"
+    ]
+    words += [f"{SHORT.get(k, k)} {stats[k]:{how}}" for k, how in HEALTH.items() if k in stats]
+    words.append(f"| rollout {stats['rollout_seconds']:.1f} s (views {stats['view_seconds']:.1f})")
+    words.append(
+        f"update {stats['update_seconds']:.1f} s {stats['decisions_per_second']:.0f} decisions/s"
+    )
+    return " ".join(words) + (" (critic warm-up)" if warming else "")

@@ -1,11 +1,13 @@
-"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny backbone, from nothing.
+"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny
+backbone, from nothing.
 
-    python sft.py                                       # scenes, demonstrations, two stages of training -> runs/sft
-    python sft.py --clone-steps 3200 --out runs/weak    # a weak start (36 %), for studying PPO
+    python sft.py                                     # scenes, demonstrations, training -> runs/sft
+    python sft.py --clone-steps 3200 --out runs/weak  # a weak start (36 %), for studying PPO
 
-Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and "where is X?"
-(grounding, answered with the very seven numbers that actions are written in). Its labels are free in the simulator.
-Stage 2 is behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D actions.
+Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and
+"where is X?" (grounding, answered with the very seven numbers that actions are written in). Its
+labels are free in the simulator. Stage 2 is behaviour cloning of a scripted oracle that reads
+privileged state and acts through the same 7-D actions.
 """
 
 from __future__ import annotations
@@ -18,17 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sapien
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
 
-import builtin
-import envs
 import policies
-import rl4vla
+from envs import CENTER, find_pack, make_envs
+from runtime import Fault, command_line, episode_ids, whole_directory
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Args:
     scenes: int = 1200
     """episodes with four distractors for pretraining"""
     demos: int = 4000
-    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left out"""
+    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left
+    out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 5000
@@ -53,87 +54,23 @@ class Args:
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
-STEP, TURN = 0.06, 0.8  # largest move of one control step: metres, radians
-GROUND_CENTER, GROUND_SCALE = (
-    np.array([*envs.CENTER, envs.TABLE_Z + 0.1]),
-    np.array([0.25, 0.25, 0.12]),
-)
-
-
-def oracle(env: envs.PutOnPlate) -> np.ndarray:
-    """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry, lower, let go.
-
-    Stateless: every phase is decided from what the scene looks like now, so a policy that sees one frame can copy it.
-    """
-    if env.pack.name == "rl4vla":
-        return rl4vla.oracle(env)
-    tcp, target, plate = env.tcp_entity.pose.p, env.target_entity.pose.p, env.plate_entity.pose.p
-    half = env.target_half_z
-    move, turn, gripper = np.zeros(3), 0.0, 1.0
-    if env.success:  # done: let go, then rise (both at once would fling the object away)
-        if not env.grasped:
-            move[2] = envs.TABLE_Z + 0.15 - tcp[2]
-    elif env.grasped:
-        gripper = -1.0
-        bottom, to_plate = target[2] - half, plate[:2] - target[:2]
-        if np.linalg.norm(to_plate) > 0.03:
-            move[2] = envs.TABLE_Z + 0.035 - bottom
-            if bottom > envs.TABLE_Z + 0.015:
-                move[:2] = to_plate
-        else:
-            move[:] = (*to_plate, envs.TABLE_Z + 0.010 - bottom)
-    else:
-        grasp_z = max(
-            target[2] - 0.2 * half, envs.TABLE_Z + 0.019
-        )  # lower, and the fingertips would press on the table
-        hover_z = envs.TABLE_Z + 2 * half + 0.055
-        offset, turn = target[:2] - tcp[:2], grasp_turn(env)
-        move[:2] = offset
-        if np.linalg.norm(offset) > 0.02 or turn:
-            move[2] = max(hover_z - tcp[2], -0.05 if np.linalg.norm(offset) > 0.05 else -STEP)
-        elif tcp[2] - grasp_z > 0.01:
-            move[2] = grasp_z - tcp[2]
-        else:
-            move[:], turn, gripper = 0, 0, -1.0
-    move[:2] *= min(1.0, STEP / max(np.linalg.norm(move[:2]), 1e-9))
-    move = (
-        env.pack.base_pose.inv().to_transformation_matrix()[:3, :3] @ move
-    )  # world -> the robot's base frame
-    return np.array(
-        [*np.clip(move, -STEP, STEP), 0, 0, np.clip(turn, -TURN, TURN), gripper], np.float32
-    )
-
-
-def grasp_turn(env: envs.PutOnPlate) -> float:
-    """Signed angle in radians that the hand should turn about the vertical: 0 unless a long target lies along the fingers.
-
-    Closing fingers straighten by themselves what lies askew. A hand kept square to the target at every step would be a
-    label that a policy cannot read off 96 pixels: it hovers.
-    """
-    if builtin.OBJECTS[env.episode.target][1] != "long":
-        return 0.0
-    error = _yaw(env.target_entity.pose) - _yaw(env.tcp_entity.pose)
-    error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
-    return error if abs(error) > 0.9 else 0.0
-
-
-def _yaw(pose: sapien.Pose) -> float:
-    x_axis = pose.to_transformation_matrix()[:2, 0]
-    return float(np.arctan2(x_axis[1], x_axis[0]))
+# Where the hand works, metres: the grounding task writes places in it as numbers in [-1, 1]
+GROUND_CENTER, GROUND_SCALE = np.array([*CENTER, 0.9695]), np.array([0.25, 0.25, 0.12])
 
 
 def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
     """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
 
-    rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table, 1-25 object, 26 plate,
-    27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of plate and tcp, objects (k,) indices,
-    object_xyz (T, k, 3) metres (target first), success bool. The arm is disturbed by `noise` (a std in units of the largest
-    step) in a fraction `rate` of the steps, and the label stays the oracle's, so the data shows how to recover.
+    rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table,
+    1-25 object, 26 plate, 27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of
+    plate and tcp, objects (k,) indices, object_xyz (T, k, 3) metres (target first), success bool.
+    The arm is disturbed by `noise` (a std in units of the largest step) in a fraction `rate` of the
+    steps, and the label stays the oracle's, so the data shows how to recover.
     """
-    env, episodes = environments[0], []
+    env, pack, episodes = environments[0], environments[0].pack, []
     for episode_id in episode_ids:
         rng = np.random.default_rng([seed, episode_id])
-        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        env.reset(seed=0, options=dict(episodes=[env.sample(episode_id, split)]))
         ids = [env.episode.target, *env.episode.distractors]
         lut = np.zeros(1024, np.uint8)
         for i, actor in enumerate(env.objects):
@@ -141,9 +78,9 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
         lut[env.plate_entity.per_scene_id] = 26
         lut[[link.per_scene_id for link in env.links]] = 27
         frames, after = {k: [] for k in ("rgb", "classes", "action", "where", "object_xyz")}, 0
-        for _ in range(env.pack.max_episode_steps):
+        for _ in range(pack.max_episode_steps):
             rgb, seg = env.picture()
-            action = oracle(env)
+            action = pack.oracle(env)
             frames["rgb"].append(rgb.copy())
             frames["classes"].append(lut[seg[2::4, 2::4]])
             frames["action"].append(action)
@@ -154,25 +91,26 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
                 break
             disturbed = action.copy()
             if rng.random() < rate:
-                disturbed[:3] += rng.normal(0, noise * STEP, 3)
-                disturbed[5] += rng.normal(0, noise * TURN)
+                disturbed[:3] += rng.normal(0, noise * pack.largest_move, 3)
+                disturbed[5] += rng.normal(0, noise * pack.largest_turn)
             env.step(disturbed)
         episode = {k: np.array(v) for k, v in frames.items()}
-        episodes.append(
-            dict(episode, objects=np.array(ids), episode_id=episode_id, success=env.success)
-        )
+        success = bool(env.success)
+        episodes.append(dict(episode, objects=np.array(ids), id=episode_id, success=success))
     return episodes
 
 
 def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
-    """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5) padded with -1,
-    object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the episode's last one repeated."""
+    """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5)
+    padded with -1, object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the
+    episode's last one repeated."""
     parts = []
     for e in episodes:
         n, absent = len(e["action"]), 5 - len(e["objects"])
         ahead = np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1)  # (T, horizon)
         parts.append(dict(
-            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]), chunk=e["action"][ahead],
+            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]),
+            chunk=e["action"][ahead],
             object_ids=np.tile(np.pad(e["objects"], (0, absent), constant_values=-1), (n, 1)),
             object_xyz=np.float32(np.pad(e["object_xyz"], ((0, 0), (0, absent), (0, 0)))),
         ))  # fmt: skip
@@ -180,7 +118,8 @@ def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
 
 
 def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
-    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch features (B, n, D)."""
+    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch
+    features (B, n, D)."""
     side = int(features.shape[1] ** 0.5)
     cells = classes.shape[1] // side  # labels along one side of a patch
     logits = head(features).view(len(features), side, side, 28, cells, cells)
@@ -191,8 +130,9 @@ def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
 
 
 def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
-    """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the embedding of the
-    object's name, as SigLIP aligns whole images with captions. Llama can then look for a word among the patches."""
+    """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the
+    embedding of the object's name, as SigLIP aligns whole images with captions. Llama can then look
+    for a word among the patches."""
     table = policy.word_embeddings()
     words = torch.stack(
         [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
@@ -214,8 +154,8 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
 
 
 def grounding_answers(batch, names):
-    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x, y, the plate's x, y,
-    the hand's x, y, z, scaled to [-1, 1]."""
+    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x,
+    y, the plate's x, y, the hand's x, y, z, scaled to [-1, 1]."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
@@ -231,7 +171,8 @@ QUESTION = "where is {instruction} <out>"
 
 
 def train(policy, steps: int, args: Args, name: str, losses, heads=()):
-    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss (running mean)."""
+    """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss
+    (running mean)."""
     parameters = [*policy.parameters(), *heads]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -257,11 +198,13 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
 
 
 def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
-    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and error of its argmax)."""
+    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and
+    error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
-    names = [name for name, _, _ in builtin.OBJECTS]
-    features = []  # of the towers and the projector in the last forward pass: read here without a second pass
+    names = find_pack("builtin").names
+    # Of the towers and the projector in the last forward pass: read here without a second pass
+    features = []
     hooks = [
         part.register_forward_hook(lambda _, __, out: features.append(out))
         for part in policy.vision_parts()
@@ -325,35 +268,33 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     return policy, report
 
 
-def collect_parallel(vec: envs.VecEnv, split: str, ids: list[int], *how) -> list[dict]:
+def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
     """`collect` spread over the workers, with a progress bar. how: its last arguments."""
     episodes, bar = [], tqdm(total=len(ids), desc=f"episodes ({split})")
     for start in range(0, len(ids), 16 * vec.num_workers):
         part = ids[start : start + 16 * vec.num_workers]
-        shares = [part[i :: vec.num_workers] for i in range(vec.num_workers)]
-        for done in vec.map(collect, *[(split, share, *how) for share in shares]):
+        tasks = [(split, part[i :: vec.num_workers], *how) for i in range(vec.num_workers)]
+        for done in vec.map(collect, *tasks):
             episodes += done
         bar.update(len(part))
         bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
     bar.close()
-    return sorted(
-        episodes, key=lambda e: e["episode_id"]
-    )  # the order must not depend on the number of cores
+    return sorted(episodes, key=lambda e: e["id"])  # whatever the number of cores
 
 
 def cache_key(args: Args) -> str:
-    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the model's and its loss."""
+    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the
+    model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    parts += [
-        (here / name).read_text()
-        for name in ("sft.py", "envs.py", "builtin.py", "rl4vla.py", "policies.py")
-    ]
+    files = ("sft.py", "envs.py", "policies.py", "scenes/task.py", "scenes/builtin.py")
+    parts += [(here / name).read_text() for name in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def warm_start(backbone: str) -> Path:
-    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept in runs/."""
+    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept
+    in runs/."""
     shipped = Path(__file__).parent / "warmstart" / backbone
     if shipped.is_dir():
         return shipped
@@ -361,7 +302,7 @@ def warm_start(backbone: str) -> Path:
     cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
     if not cached.is_dir():
         print(
-            f"no warm start for {backbone} yet: training one, which takes a while (progress bars follow)",
+            f"no warm start for {backbone} yet: training one takes a while (progress bars follow)",
             file=sys.stderr,
         )
         main(dataclasses.replace(args, out=str(cached)))
@@ -370,39 +311,36 @@ def warm_start(backbone: str) -> Path:
 
 def main(args: Args):
     if not args.backbone.endswith("-tiny"):
-        raise envs.Fault(
-            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones; the big ones come with a checkpoint"
+        raise Fault(
+            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones;"
+            " the big ones come with a checkpoint"
         )
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise envs.Fault(f"cannot write to --out {out}: {error.strerror}")
+        raise Fault(f"cannot write to --out {out}: {error.strerror}")
     untrained = policies.load_policy(args.backbone)
-    with envs.make_envs(2, image_size=untrained.image_size) as vec:
-        # Episode ids: disjoint ranges, all below those of RL training (seed 1 starts at 1,000,000) and of evaluation.
-        scenes = collect_parallel(vec, "busy", list(range(args.scenes)), 0.5, 0.5, args.seed)
-        # A chunk's later labels answer disturbances that its frame does not show, so a policy that acts in chunks gets fewer.
+    with make_envs(2, image_size=untrained.image_size) as vec:
+        ids = episode_ids("scenes", 0, 0, args.scenes)
+        scenes = collect_parallel(vec, "busy", ids, 0.5, 0.5, args.seed)
+        # A chunk's later labels answer disturbances that its frame does not show, so a policy that
+        # acts in chunks gets fewer.
         half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
-        demos = collect_parallel(vec, "bare", list(range(200_000, 200_000 + half)), *how)
-        demos += collect_parallel(
-            vec, "train", list(range(400_000, 400_000 + args.demos - half)), *how
-        )
-        held_out = collect_parallel(vec, "train", list(range(600_000, 600_000 + 64)), *how)
+        demos = collect_parallel(vec, "bare", episode_ids("demos", 0, 0, half), *how)
+        ids = episode_ids("mixed demos", 0, 0, args.demos - half)
+        demos += collect_parallel(vec, "train", ids, *how)
+        held_out = collect_parallel(vec, "train", episode_ids("held-out demos", 0, 0, 64), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(
         args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
     )
     print(json.dumps(report))
-    with policies.whole_directory(out) as partial:
+    with whole_directory(out) as partial:
         policy.save(partial, dtype=torch.float16)
         (partial / "args.json").write_text(json.dumps(dict(vars(args), report=report), indent=2))
     print(f"warm start saved in {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (envs.Fault, policies.PolicyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(lambda: main(tyro.cli(Args)))

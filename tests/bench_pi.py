@@ -1,7 +1,9 @@
-"""The cost of a decision of pi0.5: `python tests/bench_pi.py`. FLOPs at full size, counted; CPU seconds of a quarter of it.
+"""The cost of a decision of pi0.5: `python tools/bench_pi.py`. FLOPs at full size, counted; CPU
+seconds of a quarter of it.
 
-Two layouts of the same observation: as openpi and RLinf compute it (three cameras, two of them black and masked, and a prompt
-padded to 200 tokens), and what is there (one camera, 32 tokens). Everything masked changes no velocity (tests/test_pi.py).
+Two layouts of the same observation: as openpi and RLinf compute it (three cameras, two of them
+black and masked, and a prompt padded to 200 tokens), and what is there (one camera, 32 tokens).
+Everything masked changes no velocity (tests/test_pi.py).
 """
 
 import sys
@@ -14,8 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import policies
+from backbones.pi0 import PI, PI_KIND
 
-FULL = policies.PI | policies.PI_KIND["pi05"] | {"model_type": "pi05"}
+FULL = PI | PI_KIND["pi05"] | {"model_type": "pi05"}
 QUARTER = FULL | {  # a quarter of every width, depth and number of tokens
     "image_size": 112, "vis_width": 288, "vis_depth": 7, "vis_heads": 4, "vis_mlp": 1076, "vocab": 1000, "depth": 5,
     "heads": 2, "vlm_width": 512, "vlm_mlp": 4096, "exp_width": 256, "exp_mlp": 1024,
@@ -40,13 +43,13 @@ def decide(policy, cameras, tokens, batch, device):
 
 def main():
     with torch.device("meta"):
-        full = policies.Pi0(FULL)
+        full = policies.FlowPolicy(FULL)
     flops = {}
     for layout in (PADDED, THERE):
         with FlopCounterMode(display=False) as counter:
             decide(full, *layout, 1, "meta")
         flops[layout] = counter.get_total_flops()
-    small, seconds = policies.Pi0(QUARTER), {PADDED: [], THERE: []}
+    small, seconds = policies.FlowPolicy(QUARTER), {PADDED: [], THERE: []}
     for _ in range(6):
         for (cameras, tokens), times in seconds.items():
             start = time.process_time()

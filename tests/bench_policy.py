@@ -1,12 +1,15 @@
-"""Seconds and memory of one rollout step and one update of OpenVLA, beside what the arithmetic alone would take.
+"""Seconds and memory of one rollout step and one update of OpenVLA, beside what the arithmetic
+alone would take.
 
-    python tests/bench_policy.py                 # measures: 7B with random weights on a GPU, openvla-tiny on a CPU
-    python tests/bench_policy.py --derive        # no weights, no GPU: memory and time of 7B by GPU size, from shapes
+    python tools/bench_policy.py                 # measures: 7B with random weights on a GPU,
+    openvla-tiny on a CPU python tools/bench_policy.py --derive        # no weights, no GPU: memory
+    and time of 7B by GPU size, from shapes
 
-Measured: the median of several calls of policy.act and ppo_pair.update, after one to warm up. The floor is the number of
-multiply-adds (times 2, without recomputing anything) over the device's bfloat16 rate.
-Derived: act, evaluate and backward run on the meta device, where tensors have shapes but no data; every tensor that is
-alive is counted, so the figures follow the code. An allocator's waste is not in them.
+Measured: the median of several calls of policy.act and ppo_pair.update, after one to warm up. The
+floor is the number of multiply-adds (times 2, without recomputing anything) over the device's
+bfloat16 rate. Derived: act, evaluate and backward run on the meta device, where tensors have shapes
+but no data; every tensor that is alive is counted, so the figures follow the code. An allocator's
+waste is not in them.
 """
 
 import copy
@@ -28,18 +31,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import policies
 import ppo_pair
+from backbones.openvla import OPENVLA_TINY, TIMM
 
 OPENVLA_7B = {  # what distinguishes the official checkpoint's config.json
     "model_type": "openvla",
-    "timm_model_ids": list(policies.TIMM),
+    "timm_model_ids": list(TIMM),
     "image_sizes": [224, 224],
     "n_action_bins": 256,
     "pad_to_multiple_of": 64,
     "pad_token_id": 32000,
     "text_config": {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064},
-    "norm_stats": policies.OPENVLA_TINY["norm_stats"],
+    "norm_stats": OPENVLA_TINY["norm_stats"],
 }
-CONFIGS = {"openvla": OPENVLA_7B, "openvla-tiny": policies.OPENVLA_TINY}
+CONFIGS = {"openvla": OPENVLA_7B, "openvla-tiny": OPENVLA_TINY}
 INSTRUCTION = "put red cube on plate"
 BF16_PEAK = {
     "H200": 989e12,
@@ -78,11 +82,11 @@ class Args:
     """if toggled, on the GPU where there is one"""
 
 
-# ------------------------------------------------------------------------------------------------ random weights
+# ----------------------------------------------------------------------------------- random weights
 def random_policy(backbone, device, dtype, lora_rank):
     """The backbone with N(0, 0.02) weights, made where they will live; on "meta" with none."""
     with torch.device("meta"):
-        policy = policies.OpenVLA(copy.deepcopy(CONFIGS[backbone]))
+        policy = policies.TokenPolicy(copy.deepcopy(CONFIGS[backbone]))
     for key, p in policy.named_parameters():
         p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
     policy.to_empty(device=device)
@@ -113,7 +117,7 @@ def random_obs(policy, count, device):
     ] * count
 
 
-# ------------------------------------------------------------------------------------------------ counting
+# ----------------------------------------------------------------------------------------- counting
 class PeakMemory(TorchDispatchMode):
     """Bytes of the tensors made inside: how many are alive, and the most that ever were."""
 
@@ -143,7 +147,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 class Attention(torch.autograd.Function):
-    """Shapes of a fused attention kernel: it keeps queries, keys, values and its output, not the probabilities."""
+    """Shapes of a fused attention kernel: it keeps queries, keys, values and its output, not the
+    probabilities."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -171,19 +176,20 @@ def fused_attention():
 def calls(policy, count):
     """What rollout and update consist of, on `count` samples: act, and evaluate."""
     obs, instructions = random_obs(policy, count, policy.device)
-    latent = torch.zeros(count, 7, dtype=torch.long, device=policy.device) + policy.action_begin
+    tokens = torch.zeros(count, 7, dtype=torch.long, device=policy.device) + policy.action_begin
 
     def act():  # policy.act without turning tokens into actions, which needs data
         policy.decode(
             policy.preprocess(obs["rgb"]), *policy.tokenize(instructions), temperature=1.0
         )
 
-    return act, lambda: policy.evaluate(obs, instructions, latent)
+    return act, lambda: policy.evaluate_actions(obs, instructions, {"tokens": tokens})
 
 
 def flops(policy):
-    """FLOPs per sample: forward, which is act's as well (as many positions, the last ones singly), ppo = forward and
-    backward, pair = that twice, for o and o_alt (no sample at the clip), and a forward for o_pre."""
+    """FLOPs per sample: forward, which is act's as well (as many positions, the last ones singly),
+    ppo = forward and backward, pair = that twice, for o and o_alt (no sample at the clip), and a
+    forward for o_pre."""
     _, evaluate = calls(policy, 1)
     with FlopCounterMode(display=False) as counter:
         new = evaluate()
@@ -196,7 +202,8 @@ def flops(policy):
 
 
 def per_sample(count_1, count_2, bytes_1, bytes_2):
-    """-> (fixed, per sample). Counts of samples so large that what grows with them makes the peak, and not the gradients."""
+    """-> (fixed, per sample). Counts of samples so large that what grows with them makes the peak,
+    and not the gradients."""
     each = (bytes_2 - bytes_1) / (count_2 - count_1)
     return bytes_1 - each * count_1, each
 
@@ -213,8 +220,8 @@ def memory_of_act(policy, counts=(32, 64)):
 
 
 def memory_of_update(policy, counts=(32, 64)):
-    """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair. The backward pass of pair starts with
-    the graphs of both o and o_alt."""
+    """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair. The backward
+    pass of pair starts with the graphs of both o and o_alt."""
     peaks = dict(ppo=[], pair=[])
     for count in counts:
         _, evaluate = calls(policy, count)
@@ -228,9 +235,10 @@ def memory_of_update(policy, counts=(32, 64)):
     return {name: per_sample(*counts, *found) for name, found in peaks.items()}
 
 
-# ------------------------------------------------------------------------------------------------ derived
+# ------------------------------------------------------------------------------------------ derived
 def derive(backbone="openvla", lora_rank=32):
-    """Per-sample FLOPs, and bytes: (fixed, per sample) of each call, and what lies in memory all the time."""
+    """Per-sample FLOPs, and bytes: (fixed, per sample) of each call, and what lies in memory all
+    the time."""
     policy = random_policy(backbone, "meta", torch.bfloat16, lora_rank)
     table = ppo_pair.TABLE_3[backbone]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -248,7 +256,8 @@ def derive(backbone="openvla", lora_rank=32):
 
 
 def derived_table(found, table):
-    """Markdown: how many samples fit at once, by GPU, and how long an iteration takes at 45 % of a data sheet's rate."""
+    """Markdown: how many samples fit at once, by GPU, and how long an iteration takes at 45 % of a
+    data sheet's rate."""
     resident = found["weights"] + found["optimizer"] + found["rollout"]
     samples = table["num_envs"] * table["num_steps"]
 
@@ -302,7 +311,7 @@ def derived_table(found, table):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ measured
+# ----------------------------------------------------------------------------------------- measured
 def peak_rate(device):
     """FLOP/s, and where the figure is from: the data sheet, else a product of two matrices."""
     if device.type == "cuda":
@@ -317,7 +326,8 @@ def peak_rate(device):
 
 
 def measure(call, device, repeats):
-    """-> median seconds, peak bytes: of the process on a GPU; on a CPU of the tensors made in the call."""
+    """-> median seconds, peak bytes: of the process on a GPU; on a CPU of the tensors made in the
+    call."""
 
     def synchronize():
         if device.type == "cuda":
@@ -386,10 +396,11 @@ def bench(args):
         parts.append(part)
         decisions.append(policy.act(part, instructions))
     random = torch.randn(2, batch_size, device=device)
+    tokens = torch.cat([decision.latent["tokens"] for decision in decisions])
     batch = dict(
         obs={key: torch.cat([part[key] for part in parts])[:batch_size] for key in obs},
         instructions=[INSTRUCTION] * batch_size,
-        latents=torch.cat([decision.latent for decision in decisions])[:batch_size],
+        latents={"tokens": tokens[:batch_size]},
         logprobs=torch.cat([decision.logprob for decision in decisions])[:batch_size],
         values=torch.cat([decision.value for decision in decisions])[:batch_size],
         advantages=random[0],

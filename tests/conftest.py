@@ -8,7 +8,7 @@ import pytest
 from sapien.physx import PhysxRigidDynamicComponent
 
 import envs
-import rl4vla
+from scenes import rl4vla
 
 SHARED = Path(__file__).parents[2] / "shared/assets"
 if SHARED.is_dir():
@@ -40,8 +40,9 @@ def scene(env):
 
 @pytest.fixture(scope="session")
 def start():
-    def start(env, episode_id, split="train", exact=True):
-        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split, reconfigure=exact))
+    def start(env, episode_id, split="train", rebuild=True):
+        episodes = [env.sample(episode_id, split)]
+        env.reset(seed=0, options=dict(episodes=episodes, reconfigure=rebuild))
 
     return start
 

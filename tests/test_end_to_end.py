@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import envs
 import policies
 import ppo_pair
+import runtime
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--num-envs 4 --num-steps 20 --batch-size 40 --update-epochs 1 --critic-warmup 0 --eval-episodes 0 --save-every 1"
@@ -113,7 +114,7 @@ def test_resume_goes_on_where_it_stopped(trained):
         torch.equal(p, adapters[1][key]) for key, p in adapters[0].items() if "lora_B" in key
     )
     state = torch.load(run_dir / "checkpoint-000003/trainer.pt", weights_only=True)
-    assert state["iteration"] == 3 and len(state["successes"]) == 3
+    assert state["iteration"] == 3 and len(state["success"]) == 3
 
 
 @pytest.mark.slow
@@ -162,6 +163,10 @@ def test_killed_at_random_instants_and_resumed_is_as_if_never_killed(tmp_path, b
         strict=True,
     ):
         assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+    ours, theirs = (
+        trainer | dict(sight={k: v.tolist() for k, v in trainer["sight"].items()})
+        for trainer in (ours, theirs)
+    )
     assert ours == theirs
 
 
@@ -169,10 +174,7 @@ def test_ppo_baseline_computes_no_views(start, tmp_path):
     done = run("ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(tmp_path / "ppo"), "--iterations", "1",
                "--inv-coef", "0", "--sen-coef", "0", *SMALL.split())  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (
-        "inv_kl" not in done.stdout + done.stderr
-        and "unrelated_kl" not in done.stdout + done.stderr
-    )
+    assert "inv_kl" not in done.stdout + done.stderr and "sen_kl" not in done.stdout + done.stderr
     before, after = (
         load_file(d / "model.safetensors") for d in (start, tmp_path / "ppo/checkpoint-000001")
     )
@@ -194,7 +196,7 @@ def test_ppo_baseline_computes_no_views(start, tmp_path):
 )
 def test_bad_input_gets_one_sentence(flags, sentence, capsys):
     command = [*SMALL.split(), *flags.split()] if "--num-envs" not in flags else flags.split()
-    with pytest.raises((envs.Fault, policies.PolicyError), match=sentence) as error:
+    with pytest.raises(runtime.Fault, match=sentence) as error:
         ppo_pair.main(ppo_pair.parse(command))
     assert "\n" not in str(error.value)
 
@@ -230,5 +232,5 @@ def test_a_killed_worker_ends_the_run_and_the_checkpoint_still_loads(start, tmp_
     os.kill(workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2 and "SIGKILL" in stderr and "Traceback" not in stderr
-    newest = ppo_pair.newest_checkpoint(tmp_path / "run")
+    newest = runtime.newest_checkpoint(tmp_path / "run")
     policies.load_policy("openvla-tiny", newest)

@@ -20,29 +20,21 @@ from conftest import PACKS, needs_rl4vla
 from mani_skill.agents.controllers import PDEEPoseController
 from PIL import Image
 
-import builtin
 import envs
-import rl4vla
-import sft
-from envs import (
-    CENTER,
-    GRID,
-    HALF_EDGE,
-    HELD_OUT_YAWS,
-    LIGHTS,
-    RING,
-    TRAIN_YAWS,
-    Fault,
-    sample_episode,
-)
+from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, RING, TRAIN_YAWS, sample_episode
+from runtime import Fault
+from scenes import builtin, rl4vla
+from scenes.task import TABLE_Z, render_backend, sapien
+from tools import preflight
 
 ROOT = Path(__file__).parent.parent
-PACK = envs.PACKS["builtin"]
+PACK, RL4VLA = builtin.PACK, rl4vla.PACK
+BY_NAME = dict(builtin=PACK, rl4vla=RL4VLA)
 CLUTTER = [f"clutter-{k}" for k in (2, 4, 6, 8)]
 
 
 def episodes(split, n=300, pack="builtin"):
-    return [sample_episode(i, split, envs.PACKS[pack]) for i in range(n)]
+    return [sample_episode(i, split, BY_NAME[pack]) for i in range(n)]
 
 
 def on(points, xy):
@@ -89,7 +81,11 @@ def test_every_place_is_used():
 
 def test_counts_and_places():
     assert len(builtin.OBJECTS) == len({name for name, _, _ in builtin.OBJECTS}) == 25
-    assert len(LIGHTS) == len(set(LIGHTS)) == 21
+    for pack in (PACK, RL4VLA):
+        assert len(pack.lights) == len(set(pack.lights)) == 21
+        assert np.array_equal(
+            pack.camera_center, CENTER
+        )  # a turned camera keeps the square in sight
     assert len(GRID) == 36 and np.allclose(np.abs(GRID - CENTER).max(0), HALF_EDGE)
     assert np.allclose(np.unique(np.diff(np.unique(GRID[:, 0].round(9)))), 0.03)
     assert len(RING) == 28 and np.allclose(np.abs(RING - CENTER).max(1), 0.105)
@@ -102,7 +98,7 @@ def test_counts_and_places():
 
 @needs_rl4vla
 def test_rl4vla_has_25_objects_and_21_tables():
-    pack = envs.PACKS["rl4vla"]
+    pack = RL4VLA
     assert len(pack.names) == len(set(pack.names)) == len(pack.sizes) == 25
     assert (
         pack.names[0] == "carrot"
@@ -163,7 +159,7 @@ def test_one_factor_changes_at_a_time():
 @pytest.mark.parametrize("split", ["train", "pose", *CLUTTER])
 def test_room_between_things(split, pack):
     for e in episodes(split, 150, pack):
-        s, p = envs.parse_split(split), envs.PACKS[pack]
+        s, p = envs.parse_split(split), BY_NAME[pack]
         places = np.array([e.target_xy, e.plate_xy, *e.distractor_xy])
         radii = np.array([p.radius(e.target), p.plate_radius, *map(p.radius, e.distractors)])
         gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)
@@ -193,6 +189,10 @@ def test_wrong_arguments():
             envs.make_envs(**wrong)
     with pytest.raises(Fault, match="nothing"):
         envs.make_env("nothing")
+    with pytest.raises(Fault, match="32 x 32 pixels .* wants 96 x 96: .*-flat"):
+        envs.make_envs(2, "flat", image_size=96)
+    with pytest.raises(Fault, match="no camera that turns"):
+        envs.make_envs(2, "flat").reset([0, 1], "camera+20")
 
 
 # ---------------------------------------------------------------------------------------------------- assets (no simulator)
@@ -231,7 +231,7 @@ URDF = "data/robots/widowx/wx250s.urdf"
 def test_a_faulty_asset_is_named_with_what_mends_it(copied, name, content, words):
     envs.find_pack("rl4vla")
     spoil(copied / name, content)
-    for call in (envs.make_env, lambda pack: envs.make_envs(2, pack), envs.check):
+    for call in (envs.make_env, lambda pack: envs.make_envs(2, pack), preflight.check):
         with pytest.raises(Fault, match=rf"{words}.*envs.py --download") as error:
             call("rl4vla")
         assert str(copied / name) in str(error.value)
@@ -298,7 +298,7 @@ def rollout(env, episode_id, start, full_state, steps=8):
     start(env, episode_id)
     seen = []
     for _ in range(steps):
-        env.step(sft.oracle(env))
+        env.step(env.pack.oracle(env))
         rgb, ids = env.picture()
         seen += [rgb.copy(), env.foreground(ids), full_state(env)]
     return seen
@@ -307,9 +307,9 @@ def rollout(env, episode_id, start, full_state, steps=8):
 def test_an_exact_episode_does_not_depend_on_history(env, start, full_state):
     first = rollout(env, 3, start, full_state)
     for other in (7, 8):  # with contacts, and other bodies in use
-        start(env, other, "clutter-4", exact=False)
+        start(env, other, "clutter-4", rebuild=False)
         for _ in range(12):
-            env.step(sft.oracle(env))
+            env.step(env.pack.oracle(env))
     again = rollout(env, 3, start, full_state)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], rollout(env, 4, start, full_state, 1)[0])
@@ -327,7 +327,7 @@ def test_frame_shows_the_split(env, start):
         "camera-20",
         "clutter-8",
     ):
-        start(env, 1, split, exact=False)
+        start(env, 1, split, rebuild=False)
         rgb, ids = env.picture()
         looks[split] = rgb.copy(), env.foreground(ids)
     rgb, mask = looks["train"]
@@ -360,7 +360,7 @@ def thumbnails(env, start):
         (4, "texture"),
         (5, "camera+20"),
     ):
-        start(env, episode_id, split, exact=False)
+        start(env, episode_id, split, rebuild=False)
         columns.append(env.picture()[0].reshape(8, 12, 8, 12, 3).mean((1, 3)))
     return np.concatenate(columns, 1)
 
@@ -400,7 +400,7 @@ def test_the_hand_is_where_maniskill_says(env, start):
 
 def test_camera_orbits_by_so_many_degrees(env, start):
     def azimuth(split):
-        start(env, 1, split, exact=False)
+        start(env, 1, split, rebuild=False)
         world_to_camera = np.vstack([env.camera.get_extrinsic_matrix()[:3], [0, 0, 0, 1]])
         camera_to_world = np.linalg.inv(world_to_camera)
         eye, ahead = camera_to_world[:3, 3], camera_to_world[:3, 2]  # OpenCV: z looks ahead
@@ -435,7 +435,7 @@ def test_rl4vla_camera_and_controller(scene, start):
         [0, 0, 1],
     ]
     assert np.allclose(lens, want, atol=1e-3)
-    eye = env.pack.base_pose * envs.sapien.Pose(
+    eye = env.pack.base_pose * sapien.Pose(
         [0, -0.16, 0.36], [0.8992917, -0.09263245, 0.35892478, 0.23209205]
     )
     assert np.allclose(
@@ -444,7 +444,7 @@ def test_rl4vla_camera_and_controller(scene, start):
         atol=1e-5,
     )
     assert (
-        env.instruction == "put hamburger on plate"
+        env.instructions == ["put hamburger on plate"]
         and env.sim_freq == 500
         and env.control_freq == 5
     )
@@ -463,7 +463,7 @@ def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
     env = scene("rl4vla")
     photos = env.pack.photos(96)
     for split in ("train", "texture", "clutter-8", "lighting"):
-        start(env, 3, split, exact=False)
+        start(env, 3, split, rebuild=False)
         rgb, ids = env.picture()
         known = [
             e.per_scene_id
@@ -482,7 +482,7 @@ def test_rewards_by_brute_force(scene, start, pack):
     start(env, 0)
     grasped, rewards, total, done = [], [], [], []
     for _ in range(env.pack.max_episode_steps):
-        env.step(sft.oracle(env))
+        env.step(env.pack.oracle(env))
         rewards.append(env.reward())
         # ManiSkill's own idea of a grasp, and of what the plate carries
         held = bool(env.agent.is_grasping(env.target)[0])
@@ -510,7 +510,7 @@ def test_rewards_by_brute_force(scene, start, pack):
         and np.isclose(env.return_so_far, 1.2)
     )
     assert {round(r, 6) for r in rewards} >= {0.0, 0.1, 1.0}
-    env.target_entity.pose = envs.sapien.Pose([0.2, 0.3, envs.TABLE_Z + 0.1])  # off the plate again
+    env.target_entity.pose = sapien.Pose([0.2, 0.3, TABLE_Z + 0.1])  # off the plate again
     env.step(np.zeros(7, np.float32))
     assert np.isclose(env.reward(), -1.0) and not env.success and env.success_once
 
@@ -518,7 +518,7 @@ def test_rewards_by_brute_force(scene, start, pack):
 def test_a_knocked_target_earns_nothing(env, start):
     """Success counts only for a target that has been in the gripper."""
     start(env, 0)
-    env.target_entity.pose = envs.sapien.Pose(
+    env.target_entity.pose = sapien.Pose(
         env.plate_entity.pose.p + [0, 0, 0.006 + env.target_half_z + 0.002]
     )
     for _ in range(3):
@@ -530,9 +530,9 @@ def test_a_knocked_target_earns_nothing(env, start):
 def solved(env, start, ids, split="train"):
     wins = 0
     for i in ids:
-        start(env, i, split, exact=False)
+        start(env, i, split, rebuild=False)
         for _ in range(env.pack.max_episode_steps):
-            env.step(sft.oracle(env))
+            env.step(env.pack.oracle(env))
         wins += env.success
     return wins
 
@@ -571,7 +571,7 @@ def shared():
 
 def scripted(environments):
     """Runs in a worker: the oracle's next action in each of its scenes."""
-    return [sft.oracle(env) for env in environments]
+    return [env.pack.oracle(env) for env in environments]
 
 
 def count_pictures(environments):
@@ -593,7 +593,7 @@ def pictures_taken(environments):
 def test_workers_and_chunks_change_nothing(alone, shared):
     """One process step by step, two processes step by step, chunks of 8 that overrun the end: the same to the bit."""
     ids, splits = [0, 1, 2], ["train", "clutter-2", "pose"]
-    obs = alone.reset(ids, splits, exact=True)
+    obs = alone.reset(ids, splits, rebuild=True)
     assert (
         obs["rgb"].shape == (3, 96, 96, 3)
         and obs["rgb"].dtype == torch.uint8
@@ -616,14 +616,14 @@ def test_workers_and_chunks_change_nothing(alone, shared):
             torch.equal(a[3][k], b[3][k]) for k in a[3]
         )
 
-    assert all(torch.equal(shared.reset(ids, splits, exact=True)[k], obs[k]) for k in obs)
+    assert all(torch.equal(shared.reset(ids, splits, rebuild=True)[k], obs[k]) for k in obs)
     assert shared.instructions == alone.instructions
     for step in range(20):
         got = shared.step(actions[step][:, None])
         assert same(got, single[step]) and torch.equal(got[1], single[step][1]), step
 
     shared.map(count_pictures, (), ())
-    shared.reset(ids, splits, exact=True)
+    shared.reset(ids, splits, rebuild=True)
     for first, last in ((0, 8), (8, 16), (16, 20)):
         chunk = torch.stack(actions[first:last], 1)
         if (
@@ -650,7 +650,7 @@ def test_each_worker_stays_on_a_core_where_mesa_draws(shared):
     """Mesa draws in a thread of its own, and its caller waits for it."""
     here = sorted(os.sched_getaffinity(0))
     cores = shared.map(its_cores, (), ())
-    if envs.render_backend() == "cpu":
+    if render_backend() == "sapien_cpu":
         assert cores == [{here[0]}, {here[1 % len(here)]}]
     else:
         assert cores == [set(here)] * 2
@@ -773,13 +773,26 @@ def test_check_survives_a_driver_that_crashes(tmp_path, monkeypatch):
     crash.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(crash))
     with pytest.raises(Fault, match="crashed .SIGSEGV.*lavapipe"):
-        envs.check("builtin")
+        preflight.check("builtin")
 
 
-def test_command_line_errors():
-    for args, words in (
-        (envs.Args(), "nothing to do"),
-        (envs.Args(check=True, assets="nothing"), "unknown --assets"),
-    ):
-        with pytest.raises(Fault, match=words):
-            envs.main(args)
+@pytest.mark.parametrize("flags, words", [
+    ((), "nothing to do"),
+    (("--check", "--assets", "nothing"), "unknown --assets"),
+    (("--gallery", "sheet.jpg"), "the name must end in .png"),
+])  # fmt: skip
+def test_command_line_errors(flags, words):
+    run = command_line(*flags)
+    assert run.returncode == 2 and words in run.stderr and run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+
+
+def test_flatland_needs_no_simulator():
+    """It runs where neither ManiSkill nor SAPIEN can be imported."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('mani_skill', 'sapien', 'gymnasium')))\n"
+    code += "import envs, views\nassert envs.choose_sim('cpu') == 'cpu'\n"
+    code += "vec = envs.make_envs(2, 'flat', alter=views.task_altering, image_size=32)\n"
+    code += "assert vec.reset([0, 1], 'pose')['rgb_alt'].shape == (2, 32, 32, 3)\n"
+    code += "assert views.backgrounds(vec).shape == (16, 32, 32, 3)\n"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

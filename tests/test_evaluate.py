@@ -71,8 +71,8 @@ class Toy:
     def __exit__(self, *_):
         pass
 
-    def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
-        assert exact, "evaluation must not depend on the episodes before"
+    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0):
+        assert rebuild, "evaluation must not depend on the episodes before"
         assert len(episode_ids) == self.num_envs
         self.resets.append((list(episode_ids), split))
         self.ids, self.elapsed = torch.tensor(episode_ids), 0
@@ -547,10 +547,10 @@ def test_a_checkpoint_on_the_hub(toy_world, monkeypatch):
 def test_interrupt_keeps_the_finished_splits(toy_world, monkeypatch):
     checkpoint, _ = toy_world
 
-    def reset(self, ids, split, exact):
+    def reset(self, ids, split, rebuild):
         if split == "pose":
             raise KeyboardInterrupt
-        return Toy.reset(self, ids, split, exact)
+        return Toy.reset(self, ids, split, rebuild)
 
     envs = type("Interrupted", (Toy,), {"reset": reset})(4)
     monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)

@@ -32,10 +32,13 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import bench_policy
-
 import policies
-from policies import OpenVLA, PolicyError, load_policy
+from backbones import files
+from backbones.openvla import LORA_TARGETS, PROMPT, ViT
+from backbones.tokenizers import LlamaTokenizer
+from policies import TokenPolicy, load_policy
+from runtime import Fault
+from tools import bench_policy
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 TINY_A, TINY_LORA = GOLDEN / "openvla_tiny_a", GOLDEN / "openvla_tiny_a_lora"
@@ -111,7 +114,7 @@ def test_golden_vision(official):
             towers["featurizer"](pixel_values[:, :3]),
             towers["fused_featurizer"](pixel_values[:, 3:]),
         )
-        prefix = policy._prefix(pixel_values, x["input_ids"])
+        prefix = policy.embed(pixel_values, x["input_ids"])
     torch.testing.assert_close(dino, y["dino_patch_features"], atol=1e-4, rtol=0)
     torch.testing.assert_close(siglip, y["siglip_patch_features"], atol=1e-4, rtol=0)
     torch.testing.assert_close(prefix[:, 1:257], y["projected_patch_embeddings"], atol=1e-5, rtol=0)
@@ -155,9 +158,9 @@ def test_golden_act_and_evaluate(official):
     policy, x, y = official
     ids = json.loads((GOLDEN / "openvla_prompt_ids.json").read_text())
     policy = copy.copy(policy)  # shallow: only the tokenizer differs
-    policy._prompt_ids = {}
+    policy.prompt_ids = {}
     policy.tokenizer = {
-        policies.PROMPT.format(instruction=text): row for text, row in ids.items()
+        PROMPT.format(instruction=text): row for text, row in ids.items()
     }.__getitem__
     tasks = json.loads((TINY_A / "prompts.json").read_text())["tasks"]
     input_ids, attention_mask = policy.tokenize([task.upper() for task in tasks])
@@ -166,9 +169,9 @@ def test_golden_act_and_evaluate(official):
     )
     obs = {"rgb": x["images_uint8"]}
     decision = policy.act(obs, tasks, temperature=0)
-    assert torch.equal(decision.latent, y["greedy_action_tokens"])
+    assert torch.equal(decision.latent["tokens"], y["greedy_action_tokens"])
     torch.testing.assert_close(decision.actions, y["greedy_env_action"].float()[:, None])
-    evaluation = policy.evaluate(obs, tasks, x["given_action_tokens"])
+    evaluation = policy.evaluate_actions(obs, tasks, {"tokens": x["given_action_tokens"]})
     torch.testing.assert_close(evaluation.logprob, y["given_logprob_sum"][:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(evaluation.entropy, y["given_entropy_mean"][:, 0], atol=5e-5, rtol=0)
     torch.testing.assert_close(evaluation.value, y["given_value"][:, 0], atol=5e-5, rtol=0)
@@ -241,19 +244,19 @@ def test_golden_preprocessing(official):
 
 
 @golden
-def test_golden_prompt_ids():
+def test_goldenprompt_ids():
     file = os.environ.get("LLAMA_TOKENIZER")
     if not file:
         pytest.skip("LLAMA_TOKENIZER does not name Llama-2's tokenizer.json")
-    tokenizer = policies.LlamaTokenizer(file)
+    tokenizer = LlamaTokenizer(file)
     for text, ids in json.loads((GOLDEN / "openvla_prompt_ids.json").read_text()).items():
-        assert tokenizer(policies.PROMPT.format(instruction=text.lower())) == ids
+        assert tokenizer(PROMPT.format(instruction=text.lower())) == ids
 
 
 # ---------------------------------------------------------------------------------------- oracles that anyone has
 def random_vit(**kwargs):
     torch.manual_seed(3)
-    vit = policies.ViT(**kwargs)
+    vit = ViT(**kwargs)
     for p in vit.parameters():
         p.data = torch.randn_like(p) * 0.2
     return vit
@@ -323,10 +326,10 @@ def test_siglip_tower_equals_transformers():
 def test_whole_equals_plain_composition(tiny, obs):
     """[BOS][patches][prompt][actions] through an untouched LlamaForCausalLM, one row at a time, without any padding."""
     latent = tiny.act(obs, INSTRUCTIONS).latent
-    evaluation = tiny.evaluate(obs, INSTRUCTIONS, latent)
+    evaluation = tiny.evaluate_actions(obs, INSTRUCTIONS, latent)
     llama = LlamaForCausalLM(tiny.language_model.config).eval()
     llama.load_state_dict(tiny.language_model.state_dict())
-    embed = llama.model.embed_tokens
+    embed, tokens = llama.model.embed_tokens, latent["tokens"]
     for i, text in enumerate(INSTRUCTIONS):
         ids = torch.tensor([tiny.tokenizer(f"{text} <out>")])
         pixels = tiny.preprocess(obs["rgb"][i : i + 1])
@@ -336,16 +339,16 @@ def test_whole_equals_plain_composition(tiny, obs):
         for name in ("fc1", "fc2"):
             x = torch.nn.functional.gelu(tiny.projector[name](x))
         x = tiny.projector["fc3"](x)
-        x = torch.cat([embed(ids[:, :1]), x, embed(ids[:, 1:]), embed(latent[i : i + 1])], 1)
+        x = torch.cat([embed(ids[:, :1]), x, embed(ids[:, 1:]), embed(tokens[i : i + 1])], 1)
         out = llama(inputs_embeds=x, output_hidden_states=True)
         logits = out.logits[0, -8:-1, tiny.action_begin : tiny.action_end]
         torch.testing.assert_close(evaluation.dist[i], logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            evaluation.value[i], tiny._value(out.hidden_states[-1][0, -8]), atol=1e-4, rtol=0
+            evaluation.value[i], tiny.value(out.hidden_states[-1][0, -8]), atol=1e-4, rtol=0
         )
         dist = Categorical(logits=logits)
         torch.testing.assert_close(
-            evaluation.logprob[i], dist.log_prob(latent[i] - tiny.action_begin).sum()
+            evaluation.logprob[i], dist.log_prob(tokens[i] - tiny.action_begin).sum()
         )  # SUM
         torch.testing.assert_close(evaluation.entropy[i], dist.entropy().mean())
 
@@ -354,11 +357,13 @@ def test_whole_equals_plain_composition(tiny, obs):
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
 def test_decode_equals_teacher_forcing(tiny, obs, temperature):
     decision = tiny.act(obs, INSTRUCTIONS, temperature)
-    evaluation = tiny.evaluate(obs, INSTRUCTIONS, decision.latent)
+    evaluation = tiny.evaluate_actions(obs, INSTRUCTIONS, decision.latent)
     torch.testing.assert_close(decision.logprob, evaluation.logprob, atol=1e-4, rtol=0)
     torch.testing.assert_close(decision.value, evaluation.value, atol=1e-5, rtol=0)
     if temperature == 0:
-        assert torch.equal(decision.latent, evaluation.dist.argmax(-1) + tiny.action_begin)
+        assert torch.equal(
+            decision.latent["tokens"], evaluation.dist.argmax(-1) + tiny.action_begin
+        )
     assert decision.actions.shape == (4, tiny.chunk, 7) and decision.actions.dtype == torch.float32
     assert evaluation.dist.shape == (4, 7, 256)
 
@@ -366,16 +371,18 @@ def test_decode_equals_teacher_forcing(tiny, obs, temperature):
 def test_padding_changes_nothing(tiny, obs):
     """A row's distribution does not depend on the length of the other prompts in the batch."""
     latent = tiny.act(obs, INSTRUCTIONS).latent
-    together = tiny.evaluate(obs, INSTRUCTIONS, latent).dist
+    together = tiny.evaluate_actions(obs, INSTRUCTIONS, latent).dist
     for i, text in enumerate(INSTRUCTIONS):
-        alone = tiny.evaluate({"rgb": obs["rgb"][i : i + 1]}, [text], latent[i : i + 1]).dist
+        row = {"tokens": latent["tokens"][i : i + 1]}
+        alone = tiny.evaluate_actions({"rgb": obs["rgb"][i : i + 1]}, [text], row).dist
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=0)
 
 
 def test_sampling_follows_the_distribution(tiny, obs):
     torch.manual_seed(0)
     n, rgb = 400, {"rgb": obs["rgb"][:1]}
-    first = tiny.evaluate(rgb, [SHORT], torch.full((1, 7), tiny.action_begin)).dist[0, 0].detach()
+    latent = {"tokens": torch.full((1, 7), tiny.action_begin)}
+    first = tiny.evaluate_actions(rgb, [SHORT], latent).dist[0, 0].detach()
     args = [
         t.expand(n, *t.shape[1:]) for t in (tiny.preprocess(rgb["rgb"]), *tiny.tokenize([SHORT]))
     ]
@@ -412,7 +419,7 @@ def test_image_changes_logits_through_both_towers(tiny):
     black_white = torch.stack([torch.zeros(96, 96, 3), torch.full((96, 96, 3), 255.0)]).to(
         torch.uint8
     )
-    dist = tiny.evaluate({"rgb": black_white}, [SHORT] * 2, tokens).dist
+    dist = tiny.evaluate_actions({"rgb": black_white}, [SHORT] * 2, {"tokens": tokens}).dist
     assert (dist[0] - dist[1]).abs().max() > 0.1
     pixels = tiny.preprocess(black_white)
     ids, mask = tiny.tokenize([SHORT] * 2)
@@ -428,24 +435,24 @@ def test_image_changes_logits_through_both_towers(tiny):
 
 
 def test_instruction_changes_logits(tiny, obs):
-    tokens = torch.full((2, 7), tiny.action_begin)
+    tokens = {"tokens": torch.full((2, 7), tiny.action_begin)}
     rgb = {"rgb": obs["rgb"][:1].expand(2, -1, -1, -1)}
-    dist = tiny.evaluate(rgb, [SHORT, LONG], tokens).dist
+    dist = tiny.evaluate_actions(rgb, [SHORT, LONG], tokens).dist
     assert (dist[0] - dist[1]).abs().max() > 1e-3
 
 
 def test_later_tokens_see_earlier_ones_only(tiny, obs):
-    a = tiny.act(obs, INSTRUCTIONS).latent
+    a = tiny.act(obs, INSTRUCTIONS).latent["tokens"]
     b = a.clone()
     b[:, 3] = tiny.action_begin + (b[:, 3] - tiny.action_begin + 100) % 256
-    a, b = (tiny.evaluate(obs, INSTRUCTIONS, latent).dist for latent in (a, b))
+    a, b = (tiny.evaluate_actions(obs, INSTRUCTIONS, {"tokens": tokens}).dist for tokens in (a, b))
     difference = (a - b).abs().amax((0, 2))  # (7,)
     assert (difference[:4] == 0).all() and (difference[4:] > 1e-4).all()
 
 
 def test_gradients_reach_everything(tiny, obs):
     latent = tiny.act(obs, INSTRUCTIONS).latent
-    evaluation = tiny.evaluate(obs, INSTRUCTIONS, latent)
+    evaluation = tiny.evaluate_actions(obs, INSTRUCTIONS, latent)
     tiny.zero_grad()
     (evaluation.logprob.sum() + evaluation.value.sum()).backward()
     assert not [
@@ -455,10 +462,10 @@ def test_gradients_reach_everything(tiny, obs):
     tiny.zero_grad()
     tiny.gradient_checkpointing = True
     try:
-        evaluation = tiny.evaluate(obs, INSTRUCTIONS, latent)
+        evaluation = tiny.evaluate_actions(obs, INSTRUCTIONS, latent)
         (evaluation.logprob.sum() + evaluation.value.sum()).backward()
         decision = tiny.train().act(obs, INSTRUCTIONS, 0)  # the cache works all the same
-        again = tiny.evaluate(obs, INSTRUCTIONS, decision.latent).logprob
+        again = tiny.evaluate_actions(obs, INSTRUCTIONS, decision.latent).logprob
         torch.testing.assert_close(decision.logprob, again, atol=1e-4, rtol=0)
     finally:
         tiny.gradient_checkpointing = False
@@ -471,7 +478,9 @@ def test_detached_value_trains_the_head_only(tiny, obs):
     tiny.zero_grad()
     tiny.detach_value = True
     try:
-        tiny.evaluate(obs, INSTRUCTIONS, tiny.act(obs, INSTRUCTIONS).latent).value.sum().backward()
+        tiny.evaluate_actions(
+            obs, INSTRUCTIONS, tiny.act(obs, INSTRUCTIONS).latent
+        ).value.sum().backward()
     finally:
         tiny.detach_value = False
     trained = {
@@ -488,12 +497,12 @@ def test_half_precision_backbone_keeps_float32_where_it_matters(tiny_dir, tiny, 
     assert torch.equal(rotary, tiny.language_model.model.rotary_emb.inv_freq)
     assert policy.value_head["head_l1"].weight.dtype == torch.float32
     decision = policy.act(obs, INSTRUCTIONS)
-    evaluation = policy.evaluate(obs, INSTRUCTIONS, decision.latent)
+    evaluation = policy.evaluate_actions(obs, INSTRUCTIONS, decision.latent)
     kl = policy.kl(evaluation.dist, evaluation.dist)
     tensors = (*evaluation, decision.logprob, decision.value, decision.actions, kl)
     assert {t.dtype for t in tensors} == {torch.float32}
     assert (
-        evaluation.dist - tiny.evaluate(obs, INSTRUCTIONS, decision.latent).dist
+        evaluation.dist - tiny.evaluate_actions(obs, INSTRUCTIONS, decision.latent).dist
     ).abs().max() < 1
 
 
@@ -506,12 +515,12 @@ def test_tokenize_layout(tiny):
     grounding, _ = tiny.tokenize(["red cube"], prompt="In: Where is the {instruction}?\nOut: ")
     words = [tiny.config["_word_vocab"][i] for i in grounding[0]]
     assert words == ["<s>", "in", "where", "is", "the", "red", "cube", "<out>"]
-    official, _ = tiny.tokenize([SHORT], prompt=policies.PROMPT)
+    official, _ = tiny.tokenize([SHORT], prompt=PROMPT)
     assert tiny.config["_word_vocab"][official[0, -1]] == "<out>"
     assert tiny.tokenize(["put navy T on plate"])[0].shape == (1, 7)
     vocab = tiny.config["_word_vocab"]
     assert len(set(vocab)) == len(vocab) <= tiny.action_begin
-    with pytest.raises(PolicyError, match="'zebra'"):
+    with pytest.raises(Fault, match="'zebra'"):
         tiny.tokenize(["put zebra on plate"])
 
 
@@ -544,9 +553,9 @@ def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
         "post_processor": post,
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | rest))
-    tokenizer = policies.LlamaTokenizer(tmp_path / "tokenizer.json")
+    tokenizer = LlamaTokenizer(tmp_path / "tokenizer.json")
     assert tokenizer("In: Out:") == [1, 2, 3]
-    with pytest.raises(PolicyError, match="not Llama-2's"):
+    with pytest.raises(Fault, match="not Llama-2's"):
         tokenizer("In: Out: ")
 
 
@@ -572,7 +581,7 @@ def test_preprocess(tiny):
     torch.testing.assert_close(grey, grey.round(), atol=1e-3, rtol=0)
     assert grey.min() > -0.01 and grey.max() < 255.01
     for wrong in (rgb.float(), rgb[0], rgb.permute(0, 3, 1, 2)):
-        with pytest.raises(PolicyError, match="uint8 of shape"):
+        with pytest.raises(Fault, match="uint8 of shape"):
             tiny.preprocess(wrong)
 
 
@@ -691,8 +700,8 @@ def test_full_size_structure_and_lora_count():
     assert len(shapes) == 982
     assert sum(torch.Size(s).numel() for s in shapes.values()) == 7_541_237_184
     with torch.device("meta"):
-        policy = OpenVLA(bench_policy.OPENVLA_7B)
-    dead = {key for key in shapes if policy.is_dead(key)}
+        policy = TokenPolicy(bench_policy.OPENVLA_7B)
+    dead = {key for key in shapes if policy.is_unused(key)}
     assert len(dead) == 16 + 27  # last block and norm of either tower, and the attention pool
     own = {
         key: tuple(t.shape)
@@ -775,7 +784,7 @@ def test_save_load_roundtrip(tiny, tiny_dir, tmp_path, obs):
     policy = load_policy("openvla-tiny", tiny_dir)
     assert same_weights(policy, tiny)
     latent = tiny.act(obs, INSTRUCTIONS).latent
-    a, b = (p.evaluate(obs, INSTRUCTIONS, latent) for p in (tiny, policy))
+    a, b = (p.evaluate_actions(obs, INSTRUCTIONS, latent) for p in (tiny, policy))
     assert torch.equal(a.dist, b.dist) and torch.equal(a.value, b.value)
     policy.save(tiny_dir)  # over itself
     assert same_weights(load_policy("openvla-tiny", tiny_dir), tiny)
@@ -791,8 +800,70 @@ def test_save_load_roundtrip(tiny, tiny_dir, tmp_path, obs):
     ).stat().st_size < 4e6
     half = load_policy("openvla-tiny", tmp_path)
     assert half.dtype == torch.float32
-    assert (half.evaluate(obs, INSTRUCTIONS, latent).dist - a.dist).abs().max() < 0.1
+    assert (half.evaluate_actions(obs, INSTRUCTIONS, latent).dist - a.dist).abs().max() < 0.1
     assert json.loads((tmp_path / "norm_stats.json").read_text()).keys() == {"builtin"}
+
+
+@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat"])
+def test_flatland_presets(backbone, tmp_path):
+    """100 to 320 thousand parameters, statistics of their own, and a name that comes back from disk."""
+    policy = load_policy(backbone)
+    count = sum(p.numel() for key, p in policy.named_parameters() if "value_head" not in key)
+    assert 100_000 < count < 320_000 and policy.image_size == 32 and policy.unnorm_key == "flat"
+    policy.save(tmp_path)
+    again, rgb = load_policy(backbone, tmp_path), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    assert again.config == policy.config and same_weights(again, policy)
+    a, b = (p.act({"rgb": rgb}, ["put red cube on plate"] * 2, 0).actions for p in (policy, again))
+    assert torch.equal(a, b) and a.shape == (2, policy.chunk, 7)
+    with pytest.raises(Fault, match=f"is a checkpoint of {backbone}, not of the backbone"):
+        load_policy(backbone.replace("flat", "tiny"), tmp_path)
+    with pytest.raises(Fault, match="-tiny, not of the backbone"):
+        load_policy(backbone, ROOT / "warmstart" / backbone.replace("flat", "tiny"))
+
+
+def test_32_bins():
+    """Nothing takes 256 for granted: decode, log-probs, KL, entropy, actions."""
+    torch.manual_seed(0)
+    policy, bins = load_policy("openvla-flat"), 32
+    obs = {"rgb": torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)}
+    instructions = ["put red cube on plate", "put blue ball on plate", "put green l on plate"]
+    decision = policy.act(obs, instructions)
+    new = policy.evaluate_actions(obs, instructions, decision.latent)
+    assert new.dist.shape == (3, 7, bins)
+    tokens = decision.latent["tokens"]
+    assert ((tokens >= policy.action_begin) & (tokens < policy.action_end)).all()
+    expected = Categorical(logits=new.dist)
+    index = tokens - policy.action_begin
+    torch.testing.assert_close(new.logprob, expected.log_prob(index).sum(1))
+    torch.testing.assert_close(decision.logprob, new.logprob, atol=1e-4, rtol=0)
+    torch.testing.assert_close(new.entropy, expected.entropy().mean(1))
+    assert (policy.kl(new.dist, new.dist.flip(0)) > 0).any()
+    every = torch.arange(policy.action_begin, policy.action_end)[:, None].expand(-1, 7)
+    assert len(policy.env_action(every)[:, 0].unique()) == bins - 1
+    unit = torch.linspace(-1, 1, bins, dtype=torch.float64)[:, None].expand(-1, 7)
+    assert torch.equal(policy.bin_tokens(unit), every.flip(0))
+
+
+def test_cloning_is_smooth_only_where_the_config_says(monkeypatch):
+    """The loss of a policy that is sure of the right bin is 0 in constant dimensions, and not in the others."""
+    policy = load_policy("openvla-flat")
+    obs = {"rgb": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}
+    unit, instructions = torch.zeros(2, 1, 7), ["put red cube on plate"] * 2
+    tokens = policy.bin_tokens(unit[:, 0]) - policy.action_begin
+
+    def loss(wrong=(), **options):
+        logits = torch.full((2, 7, 32), -50.0).scatter(-1, tokens[..., None], 0.0)
+        for dim in wrong:  # sure of the neighbour
+            logits[:, dim] = logits[:, dim].roll(1, -1)
+        monkeypatch.setattr(policy, "action_logits", lambda *args: logits)
+        return policy.sft_loss(obs, instructions, unit, **options)
+
+    neighbour = torch.exp(torch.tensor(-0.5 / 0.5**2))  # sigma is half a bin
+    share = neighbour / (1 + 2 * neighbour)
+    torch.testing.assert_close(loss(), 50 * 2 * share * 2 / 7, rtol=1e-2, atol=0)
+    torch.testing.assert_close(loss(wrong=[4]) - loss(), torch.tensor(50 / 7), rtol=1e-4, atol=0)
+    assert loss(sigma=0.0) == 0
+    assert loss(prompt="where is the {instruction}") > 5 * loss()  # an answer: every dimension
 
 
 def test_fresh_weights_follow_the_seed():
@@ -813,7 +884,7 @@ def test_fresh_weights_follow_the_seed():
         .repeat_interleave(16, 1)
         .repeat_interleave(16, 2)
     )
-    patches = a._prefix(a.preprocess(rgb), torch.ones(8, 1, dtype=torch.long))[:, 1:]
+    patches = a.embed(a.preprocess(rgb), torch.ones(8, 1, dtype=torch.long))[:, 1:]
     assert patches.std(0).mean() > 0.2 * patches.std(), (
         "an untrained policy's patch tokens depend on the image"
     )
@@ -831,31 +902,31 @@ def test_sharded_checkpoint(tiny, tiny_dir, broken_dir):
     assert same_weights(load_policy("openvla-tiny", broken_dir), tiny)
     shard = broken_dir / names[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(PolicyError, match=f"{names[1]} is missing, truncated"):
+    with pytest.raises(Fault, match=f"{names[1]} is missing, truncated"):
         load_policy("openvla-tiny", broken_dir)
     shard.unlink()
-    with pytest.raises(PolicyError, match=f"{names[1]} is missing"):
+    with pytest.raises(Fault, match=f"{names[1]} is missing"):
         load_policy("openvla-tiny", broken_dir)
 
 
 def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     torch.manual_seed(0)
     policy = load_policy("openvla-tiny", tiny_dir, lora_rank=4, lora_alpha=8)
-    before = policy.evaluate(obs, INSTRUCTIONS, policy.act(obs, INSTRUCTIONS).latent)
+    before = policy.evaluate_actions(obs, INSTRUCTIONS, policy.act(obs, INSTRUCTIONS).latent)
     base = load_policy("openvla-tiny", tiny_dir)
     latent = policy.act(obs, INSTRUCTIONS).latent
-    before = policy.evaluate(obs, INSTRUCTIONS, latent).dist
+    before = policy.evaluate_actions(obs, INSTRUCTIONS, latent).dist
     torch.testing.assert_close(
-        before, base.evaluate(obs, INSTRUCTIONS, latent).dist
+        before, base.evaluate_actions(obs, INSTRUCTIONS, latent).dist
     )  # B starts at zero
     for key, p in policy.named_parameters():
         if ".lora_B" in key or key.startswith("value_head."):
             p.data += torch.randn_like(p) * 0.05
-    after = policy.evaluate(obs, INSTRUCTIONS, latent)
+    after = policy.evaluate_actions(obs, INSTRUCTIONS, latent)
     assert (after.dist - before).abs().max() > 0.1
     full = policy.language_model.lm_head(torch.eye(128))[:, policy.action_begin : policy.action_end]
     torch.testing.assert_close(
-        policy._logits(torch.eye(128)), full
+        policy.logits(torch.eye(128)), full
     )  # our column slice of lm_head is peft's
     policy.save(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {
@@ -863,7 +934,7 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
     }  # fmt: skip
     loaded = load_policy("openvla-tiny", tmp_path)
     assert same_weights(loaded, policy)
-    assert torch.equal(loaded.evaluate(obs, INSTRUCTIONS, latent).dist, after.dist)
+    assert torch.equal(loaded.evaluate_actions(obs, INSTRUCTIONS, latent).dist, after.dist)
     assert [p.requires_grad for p in loaded.parameters()] == [
         p.requires_grad for p in policy.parameters()
     ]
@@ -872,27 +943,27 @@ def test_lora_roundtrip(tiny_dir, tmp_path, obs):
         ({"lora_rank": 4, "lora_alpha": 16}, "LoRA alpha 8, not 16"),
         ({"lora_targets": ["q_proj"]}, r"LoRA targets \[.*\], not \['q_proj'\]"),
     ):
-        with pytest.raises(PolicyError, match=sentence):
+        with pytest.raises(Fault, match=sentence):
             load_policy("openvla-tiny", tmp_path, **wrong)
-    same = {"lora_rank": 4, "lora_alpha": 8, "lora_targets": policies.LORA_TARGETS[::-1]}
+    same = {"lora_rank": 4, "lora_alpha": 8, "lora_targets": LORA_TARGETS[::-1]}
     assert same_weights(load_policy("openvla-tiny", tmp_path, **same), policy)
     some = load_policy("openvla-tiny", tiny_dir, lora_rank=4, lora_targets=("q_proj", "v_proj"))
     assert sum(".lora_A" in key for key, _ in some.named_parameters()) == 2 * 3
-    with pytest.raises(PolicyError, match="LoRA needs a checkpoint"):
+    with pytest.raises(Fault, match="LoRA needs a checkpoint"):
         load_policy("openvla-tiny", lora_rank=4)
     half = load_policy("openvla-tiny", tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for key, p in half.named_parameters() if ".lora_" in key} == {torch.float32}
     seen = []
     adapter = half.language_model.model.layers[0].mlp.gate_proj.lora_A["default"]
     adapter.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
-    rounded = half.evaluate(obs, INSTRUCTIONS, latent)
+    rounded = half.evaluate_actions(obs, INSTRUCTIONS, latent)
     assert seen == [torch.bfloat16] and 0 < (rounded.dist - after.dist).abs().max() < 1
     rounded.logprob.sum().backward()
     assert {p.grad.dtype for key, p in half.named_parameters() if ".lora_" in key} == {
         torch.float32
     }
     rewrite(tmp_path / "adapter_model.safetensors", lambda t: t.pop(next(iter(t))))
-    with pytest.raises(PolicyError, match="lacks the tensor .*lora_"):
+    with pytest.raises(Fault, match="lacks the tensor .*lora_"):
         load_policy("openvla-tiny", tmp_path)
 
 
@@ -913,10 +984,10 @@ def test_damaged_training_state(tiny_dir, tmp_path):
     load_policy("openvla-tiny", tiny_dir, lora_rank=4).save(tmp_path)
     (tmp_path / "value_head.safetensors").unlink()
     torch.save({"optimizer": 1}, tmp_path / "training_state.pt")
-    with pytest.raises(PolicyError, match="training_state.pt is damaged or not RL4VLA's"):
+    with pytest.raises(Fault, match="training_state.pt is damaged or not RL4VLA's"):
         load_policy("openvla-tiny", tmp_path)
     torch.save({"vh": {"mlp.0.weight": torch.ones(1)}}, tmp_path / "training_state.pt")
-    with pytest.raises(PolicyError, match="lacks the tensor head_l1"):
+    with pytest.raises(Fault, match="lacks the tensor head_l1"):
         load_policy("openvla-tiny", tmp_path)
 
 
@@ -945,7 +1016,7 @@ def test_rlinf_value_head(tiny, broken_dir):
         lambda t: t.update({"value_head.mlp.4.bias": torch.zeros(1)}),
     )
     with pytest.raises(
-        PolicyError, match="has the tensor value_head.head_l3.bias, which this model has not"
+        Fault, match="has the tensor value_head.head_l3.bias, which this model has not"
     ):
         load_policy("openvla-tiny", broken_dir)
 
@@ -958,27 +1029,25 @@ def test_statistics_come_from_every_file(broken_dir):
     assert load_policy("openvla-tiny", broken_dir).unnorm_key == "builtin"
     policy = load_policy("openvla-tiny", broken_dir, unnorm_key="mine")
     assert policy.env_action(torch.full((1, 7), policy.action_begin))[0, 0] > 0.4
-    with pytest.raises(PolicyError, match=r"no key 'wrong'.*\['builtin', 'mine'\]"):
+    with pytest.raises(Fault, match=r"no key 'wrong'.*\['builtin', 'mine'\]"):
         load_policy("openvla-tiny", broken_dir, unnorm_key="wrong")
 
 
 # ---------------------------------------------------------------------------------------- bad input: one sentence each
 def test_unknown_backbone_and_missing_directory(tmp_path):
-    with pytest.raises(
-        PolicyError, match="unknown backbone 'nope'; choose one of openvla, openvla-tiny"
-    ):
+    with pytest.raises(Fault, match="unknown backbone 'nope'; choose one of openvla, openvla-tiny"):
         load_policy("nope")
-    with pytest.raises(PolicyError, match="no checkpoint directory /nowhere"):
+    with pytest.raises(Fault, match="no checkpoint directory /nowhere"):
         load_policy("openvla-tiny", "/nowhere")
-    with pytest.raises(PolicyError, match="no checkpoint directory runs/nowhere"):
+    with pytest.raises(Fault, match="no checkpoint directory runs/nowhere"):
         load_policy("openvla-tiny", "runs/nowhere")  # never asks the Hub
-    with pytest.raises(PolicyError, match=r"config\.json cannot be read"):
+    with pytest.raises(Fault, match=r"config\.json cannot be read"):
         load_policy("openvla-tiny", tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PolicyError, match=r"config\.json cannot be read"):
+    with pytest.raises(Fault, match=r"config\.json cannot be read"):
         load_policy("openvla-tiny", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla"}))
-    with pytest.raises(PolicyError, match="lacks image_sizes, n_action_bins"):
+    with pytest.raises(Fault, match="lacks image_sizes, n_action_bins"):
         load_policy("openvla", tmp_path)
 
 
@@ -1008,16 +1077,16 @@ def test_hub_that_says_no_and_no_hub_at_all(monkeypatch, tmp_path):
         ("no/body", "^no/body is neither .*: the Hub has no such repository, or it is private .*$"),
         ("some/body@v9", "^some/body is neither .*: 404 .* Revision Not Found .*$"),
     ):
-        with pytest.raises(PolicyError, match=sentence):
+        with pytest.raises(Fault, match=sentence):
             load_policy("openvla", name)
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        PolicyError, match="^gen-robot/openvla-7b-rlvla-warmup is neither .* out of reach .*$"
+        Fault, match="^gen-robot/openvla-7b-rlvla-warmup is neither .* out of reach .*$"
     ):
         load_policy("openvla")
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PolicyError, match="HF_HUB_OFFLINE=1"):
+    with pytest.raises(Fault, match="HF_HUB_OFFLINE=1"):
         load_policy("openvla", "no/body")
     assert time.time() - start < 20
 
@@ -1043,9 +1112,9 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
     for name in ("some/body", "some/body@v1", f"some/body@{cached.name}"):
         policy = load_policy("openvla", name)
         assert same_weights(policy, tiny) and policy.dtype == torch.float32  # bfloat16 on a GPU
-    with pytest.raises(PolicyError, match=r"some/body has no tokenizer\.json"):
+    with pytest.raises(Fault, match=r"some/body has no tokenizer\.json"):
         policy.tokenize([SHORT])
-    with pytest.raises(PolicyError, match="out of reach"):
+    with pytest.raises(Fault, match="out of reach"):
         load_policy("openvla", "some/body@v2")
     load_policy("openvla", "some/body", lora_rank=4).save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -1061,7 +1130,7 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
 def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
     fetched = []
     monkeypatch.setattr(
-        policies,
+        files,
         "snapshot_download",
         lambda *a, allow_patterns, **k: fetched.append(allow_patterns) or cached,
     )
@@ -1071,18 +1140,16 @@ def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
         fnmatch.fnmatch("model-00001-of-00003.safetensors", p) for p in small
     )
     fetched.clear()
-    with pytest.raises(PolicyError, match="no key 'wrong'"):
+    with pytest.raises(Fault, match="no key 'wrong'"):
         load_policy("openvla", "some/body", unnorm_key="wrong")
     (cached / "config.json").write_text(json.dumps({"type": "pi05"}))
-    with pytest.raises(PolicyError, match="checkpoint of pi05"):
+    with pytest.raises(Fault, match="checkpoint of pi05"):
         load_policy("openvla", "some/body")
     assert fetched == [small, small]
 
 
 def test_checkpoint_of_another_backbone(tiny_dir, tmp_path):
-    with pytest.raises(
-        PolicyError, match="is a checkpoint of openvla-tiny, not of the backbone openvla"
-    ):
+    with pytest.raises(Fault, match="is a checkpoint of openvla-tiny, not of the backbone openvla"):
         load_policy("openvla", tiny_dir)
     for config, kind in (
         ({"model_type": "pi05"}, "pi05"),
@@ -1090,9 +1157,7 @@ def test_checkpoint_of_another_backbone(tiny_dir, tmp_path):
         ({}, "a model that it does not name"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(
-            PolicyError, match=f"is a checkpoint of {kind}, not of the backbone openvla"
-        ):
+        with pytest.raises(Fault, match=f"is a checkpoint of {kind}, not of the backbone openvla"):
             load_policy("openvla", tmp_path)
 
 
@@ -1100,7 +1165,7 @@ def test_checkpoint_of_another_backbone(tiny_dir, tmp_path):
 def test_truncated_file(broken_dir, name):
     file = broken_dir / f"{name}.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(PolicyError, match=rf"{name}\.safetensors is missing, truncated"):
+    with pytest.raises(Fault, match=rf"{name}\.safetensors is missing, truncated"):
         load_policy("openvla-tiny", broken_dir)
 
 
@@ -1108,13 +1173,13 @@ def test_tensors_must_match(broken_dir):
     file = broken_dir / "model.safetensors"
     key = "language_model.model.norm.weight"
     rewrite(file, lambda t: t.update({key: t[key][:-1].clone()}))
-    with pytest.raises(PolicyError, match=rf"{key} has the shape \[127\], not \[128\]"):
+    with pytest.raises(Fault, match=rf"{key} has the shape \[127\], not \[128\]"):
         load_policy("openvla-tiny", broken_dir)
     rewrite(file, lambda t: t.pop(key))
-    with pytest.raises(PolicyError, match=f"lacks the tensor {key}"):
+    with pytest.raises(Fault, match=f"lacks the tensor {key}"):
         load_policy("openvla-tiny", broken_dir)
     rewrite(file, lambda t: t.update({key: torch.ones(128), "surplus": torch.ones(1)}))
-    with pytest.raises(PolicyError, match="has the tensor surplus"):
+    with pytest.raises(Fault, match="has the tensor surplus"):
         load_policy("openvla-tiny", broken_dir)
     dead = "vision_backbone.featurizer.norm.weight"
     rewrite(file, lambda t: t.update({dead: t.pop("surplus")}))
@@ -1136,9 +1201,9 @@ def test_merge(tiny_dir, tmp_path, obs, capsys):
     merged = load_policy("openvla-tiny", tmp_path / "out")
     assert merged.lora_config is None
     latent = policy.act(obs, INSTRUCTIONS).latent
-    expected = policy.evaluate(obs, INSTRUCTIONS, latent).dist
+    expected = policy.evaluate_actions(obs, INSTRUCTIONS, latent).dist
     torch.testing.assert_close(
-        merged.evaluate(obs, INSTRUCTIONS, latent).dist, expected, atol=1e-3, rtol=0
+        merged.evaluate_actions(obs, INSTRUCTIONS, latent).dist, expected, atol=1e-3, rtol=0
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from backbones import files
 from safetensors.torch import load_file
 from toy import Toy, in_float64, make_envs, toy_policy
 
@@ -88,7 +89,7 @@ def train(*command, log="/dev/null", before=lambda: None):
     def function():
         before()
         sys.argv = ["ppo_pair.py", *map(str, command)]
-        ppo_pair.command_line()
+        runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))
 
     return fork(function, log)
 
@@ -117,7 +118,7 @@ def wait_for(path, pid, seconds=120):
 
 def state(checkpoint):
     """All that a run goes on from: weights and trainer, as one flat dict of tensors and values."""
-    policies.verify(checkpoint)
+    runtime.verify(checkpoint)
     trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
     parts = {
         name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "value_head")
@@ -158,8 +159,7 @@ def ranks(world, function, tmp_path, code=0):
     def child(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        runtime.RANK, runtime.WORLD = rank, world
-        ppo_pair.RANK, ppo_pair.WORLD, ppo_pair.LOCAL_RANK, ppo_pair.LOCAL_WORLD = (
+        runtime.RANK, runtime.WORLD, runtime.LOCAL_RANK, runtime.LOCAL_WORLD = (
             rank,
             world,
             rank,
@@ -180,12 +180,13 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
 
     In float64, so that nothing but the rounding of sums is left: they agree within 1e-9 (relative).
     """
-    args = ppo_pair.Args(num_envs=16, num_steps=8, batch_size=32, device_batch_size=20, update_epochs=2, target_kl=0.0,
-                         inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, pair_fraction=0.5, max_grad_norm=10.0,
-                         run_dir=str(tmp_path))  # fmt: skip
+    args = ppo_pair.preset(
+        num_envs=16, num_steps=8, batch_size=32, device_batch_size=20, update_epochs=2, target_kl=0.0,
+        inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, run_dir=str(tmp_path),
+    )  # fmt: skip
 
     def function(rank):
-        if ppo_pair.WORLD > 1:
+        if runtime.WORLD > 1:
             dist.init_process_group("gloo")
         torch.Tensor.float = in_float64
         torch.set_default_dtype(torch.float64)
@@ -195,7 +196,7 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
         actor = [p for p in policy.parameters() if all(p is not q for q in head)]
         optimizer = torch.optim.SGD([dict(params=actor), dict(params=head)], lr=1e-2)
         mine, shared, before = (
-            ppo_pair.share(16),
+            runtime.own_slots(16),
             torch.Generator(),
             copy.deepcopy(policy.state_dict()),
         )
@@ -208,7 +209,7 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
                 parts.append(
                     act({k: v[i : i + 1] for k, v in obs.items()}, instructions[i : i + 1])
                 )
-            return policies.Decision(*map(torch.cat, zip(*parts)))
+            return policies.join_decisions(parts)
 
         policy.act = act
         for iteration in range(2):
@@ -218,7 +219,7 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
             gray = torch.full((1, 16, 16, 3), 90, dtype=torch.uint8)
             stats |= ppo_pair.update(args, policy, optimizer, batch, gray, generator=shared)
         moved = {k: v - before[k] for k, v in policy.state_dict().items()}
-        torch.save((stats, policy.state_dict(), moved), tmp_path / f"{ppo_pair.WORLD}_{rank}.pt")
+        torch.save((stats, policy.state_dict(), moved), tmp_path / f"{runtime.WORLD}_{rank}.pt")
 
     assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (
         tmp_path / "alone"
@@ -228,7 +229,7 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
     stats, weights, moved = torch.load(tmp_path / "1_0.pt", weights_only=True)
     for name in ("2_0", "2_1", "3_0", "3_1", "3_2"):
         other_stats, *others = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        for key in stats.keys() - {"ratio_dev"}:  # of the rank's own first samples
+        for key in stats.keys() - {"ratio_dev"}:  # rounding alone
             assert other_stats[key] == pytest.approx(stats[key], rel=1e-9, abs=1e-12), key
         for ours, theirs in ((weights, others[0]), (moved, others[1])):
             a, b = (torch.cat([t.flatten() for t in x.values()]) for x in (ours, theirs))
@@ -239,7 +240,7 @@ def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
     def function(rank):
         splits = ("train", "texture", "clutter-2")
         evaluate.main(evaluate.Args(checkpoint=str(start), splits=splits, num_episodes=11, num_envs=2, seeds=(0, 1),
-                                    out=str(tmp_path / f"eval{ppo_pair.WORLD}"), cuda=False))  # fmt: skip
+                                    out=str(tmp_path / f"eval{runtime.WORLD}"), cuda=False))  # fmt: skip
 
     assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (
         tmp_path / "alone"
@@ -261,7 +262,7 @@ def two_ranks(tmp_path, *command, code=0, before_update=lambda iteration, batch:
             return original(args, policy, optimizer, batch, *rest)
 
         ppo_pair.update, sys.argv = update, ["ppo_pair.py", *map(str, command)]
-        ppo_pair.command_line()
+        runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))
 
     return ranks(2, function, tmp_path, code)
 
@@ -271,12 +272,12 @@ def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been
     flags = "--iterations", 3, "--save-every", 9
 
     def terminate(iteration, batch):
-        if (ppo_pair.RANK, iteration) == (1, 2):
+        if (runtime.RANK, iteration) == (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
 
     said, _ = two_ranks(tmp_path, *fresh(start, tmp_path / "run"), *flags, before_update=terminate)
     assert (
-        f"stopped by SIGTERM after iteration 2; go on with: python ppo_pair.py --resume {tmp_path / 'run'}"
+        f"stopped by SIGTERM after iteration 1; go on with: python ppo_pair.py --resume {tmp_path / 'run'}"
         in said
     )
     two_ranks(tmp_path, "--resume", tmp_path / "run")
@@ -289,7 +290,7 @@ def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been
 
 def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
     def spoil(iteration, batch):
-        if (ppo_pair.RANK, iteration) == (1, 2):
+        if (runtime.RANK, iteration) == (1, 2):
             batch["returns"][0] = float("nan")
 
     for said in two_ranks(
@@ -299,7 +300,7 @@ def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
             "a loss, log-prob or gradient is not finite: stopped before the step" in said
             and "Traceback" not in said
         )
-    assert ppo_pair.newest_checkpoint(tmp_path / "run").name == "checkpoint-000001"
+    assert runtime.newest_checkpoint(tmp_path / "run").name == "checkpoint-000001"
     assert {p.name for p in (tmp_path / "run").glob("nonfinite*")} == {
         "nonfinite_rank0.pt",
         "nonfinite_rank1.pt",
@@ -340,7 +341,7 @@ def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
     ]
     assert len(lines) == 8
     trainer = torch.load(whole / "checkpoint-000008/trainer.pt", weights_only=True)
-    means = [np.mean(trainer["successes"][max(0, i - 8) : i]) for i in range(1, 9)]
+    means = [np.mean(trainer["success"][max(0, i - 8) : i]) for i in range(1, 9)]
     best = max(range(8), key=lambda i: (means[i], i)) + 1
     assert trainer["best"] == (pytest.approx(max(means)), best)
     assert (whole / "best").resolve().name == f"checkpoint-{best:06d}"
@@ -359,13 +360,11 @@ def test_a_run_says_how_it_goes_and_keeps_the_newest_and_the_best(whole):
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
-    policy, args, bests = toy_policy(), ppo_pair.Args(keep=2), (1, 2, 2, 2, 2, 6)
+    policy, args, bests = toy_policy(), ppo_pair.preset(keep=2), (1, 2, 2, 2, 2, 6)
     lefts = [1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6]
     for iteration, best, left in zip(itertools.count(1), bests, lefts):
-        ppo_pair.save_checkpoint(
-            tmp_path, policy, args, dict(iteration=iteration, best=(0.5, best))
-        )
-        assert [int(p.name[-6:]) for p in ppo_pair.checkpoints(tmp_path)] == left
+        runtime.save_checkpoint(tmp_path, policy, args, dict(iteration=iteration, best=(0.5, best)))
+        assert [int(p.name[-6:]) for p in runtime.checkpoints(tmp_path)] == left
         assert (tmp_path / "best").resolve() == tmp_path / f"checkpoint-{best:06d}"
         assert not list(tmp_path.glob("*.partial"))
 
@@ -390,9 +389,9 @@ def kill_and_resume(start, run, iterations, kills, seed):
     --resume; returns what it was killed in. Whatever is called a checkpoint is whole, at any time."""
     rng, killed, attempts = random.Random(seed), [], 0
     while True:
-        saved = ppo_pair.checkpoints(run)
+        saved = runtime.checkpoints(run)
         for checkpoint in saved:
-            policies.verify(checkpoint)
+            runtime.verify(checkpoint)
         how = ["--resume", run] if saved else fresh(start, run)
         in_write = rng.random() < 0.5
         calls = [rng.randrange(1, 24)]
@@ -404,8 +403,8 @@ def kill_and_resume(start, run, iterations, kills, seed):
                     os.kill(os.getpid(), signal.SIGKILL)
                 original(*args)
 
-            policies.save_file, policies.sync = (
-                functools.partial(count, f) for f in (policies.save_file, policies.sync)
+            files.save_file, runtime.sync = (
+                functools.partial(count, f) for f in (files.save_file, runtime.sync)
             )
 
         pid = train(*how, "--iterations", iterations, before=before, log=run.parent / "log")
@@ -461,7 +460,7 @@ def test_resume_continues_the_schedule_and_the_curves(whole, tmp_path):
     events.Reload()
     assert [e.step for e in events.Scalars("train/success")] == list(range(1, 10))
     trainer = torch.load(run / "checkpoint-000009/trainer.pt", weights_only=True)
-    assert trainer["iteration"] == 9 and len(trainer["successes"]) == 9
+    assert trainer["iteration"] == 9 and len(trainer["success"]) == 9
     args = json.loads((run / "checkpoint-000009/args.json").read_text())
     last = [
         group["lr"] * 9 for group in trainer["optimizer"]["param_groups"]
@@ -482,12 +481,14 @@ def test_resume_refuses_what_would_change_the_run(whole, monkeypatch):
         ("learning-rate", "1e-4"),
         ("inv-coef", "0"),
     ):
-        with pytest.raises(envs.Fault, match=f"--{flag} .*leave the flag out"):
+        with pytest.raises(runtime.Fault, match=f"--{flag} .*leave the flag out"):
             ppo_pair.parse(["--resume", str(whole), f"--{flag}", value])
     saved = json.loads((whole / "checkpoint-000008/args.json").read_text())
     monkeypatch.setattr(Path, "read_text", lambda _: json.dumps(dict(saved, seed=3)))
-    monkeypatch.setattr(policies, "verify", lambda _: None)
-    with pytest.raises(envs.Fault, match="--seed 1.*leave the flag out"):  # the default, said aloud
+    monkeypatch.setattr(runtime, "verify", lambda _: None)
+    with pytest.raises(
+        runtime.Fault, match="--seed 1.*leave the flag out"
+    ):  # the default, said aloud
         ppo_pair.parse(["--resume", str(whole), "--seed", "1"])
 
 
@@ -512,7 +513,7 @@ def test_memory_is_flat(start, tmp_path):
     """Resident memory over the last 20 of 50 iterations stays within 2 %."""
 
     def before():
-        original = ppo_pair.health_line
+        original = runtime.health_line
 
         def line(iteration, *rest):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -520,7 +521,7 @@ def test_memory_is_flat(start, tmp_path):
                 print(iteration, pages, file=file)
             return original(iteration, *rest)
 
-        ppo_pair.health_line = line
+        runtime.health_line = line
 
     pid = train(
         "--checkpoint",
@@ -550,7 +551,7 @@ def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_
     os.kill(pid, signal.SIGTERM)
     assert wait(pid, 30) == 0, log.read_text()
     (last,) = [line for line in log.read_text().splitlines() if "stopped by" in line]
-    saved = ppo_pair.newest_checkpoint(run)
+    saved = runtime.newest_checkpoint(run)
     assert (
         f"stopped by SIGTERM after iteration {int(saved.name[-2:])}; go on with: python ppo_pair.py --resume {run}"
         in last
@@ -587,7 +588,7 @@ def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
             os.kill(os.getpid(), signal.SIGINT)
 
         if times == 3:  # the third comes while it says that it is interrupted
-            ppo_pair.print = say
+            runtime.print = say
 
     pid = train(*fresh(start, run), "--iterations", 999, log=log, before=before)
     wait_for(run / "checkpoint-000002", pid)
@@ -595,9 +596,11 @@ def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
         os.killpg(pid, signal.SIGINT)
         time.sleep(0.02)
     assert wait(pid, 30) == 130, log.read_text()
-    assert log.read_text().count("interrupted: every checkpoint saved so far is whole") == 1
+    assert (
+        log.read_text().count("interrupted: every checkpoint and record saved so far is whole") == 1
+    )
     assert "Traceback" not in log.read_text() and "Exception" not in log.read_text()
-    policies.load_policy("openvla-tiny", ppo_pair.newest_checkpoint(run))
+    policies.load_policy("openvla-tiny", runtime.newest_checkpoint(run))
 
 
 def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_before(
@@ -607,14 +610,14 @@ def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_be
     run, log = tmp_path / "run", tmp_path / "log"
 
     def before():
-        def smaller(path, original=policies.sync):
+        def smaller(path, original=runtime.sync):
             if path.parent.name == "checkpoint-000003.partial" or path.name == "checkpoint-000002":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
             original(path)
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        policies.sync = smaller
-        ppo_pair.checkpoints = lambda run_dir, original=ppo_pair.checkpoints: smaller_after(
+        runtime.sync = smaller
+        runtime.checkpoints = lambda run_dir, original=runtime.checkpoints: smaller_after(
             original(run_dir)
         )
 
@@ -643,7 +646,7 @@ def test_a_file_too_large_for_the_disk_ends_the_run_and_leaves_the_checkpoint_be
         "checkpoint-000003 could not be written" in log.read_text()
         and "Traceback" not in log.read_text()
     )
-    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000002"
+    assert runtime.newest_checkpoint(run).name == "checkpoint-000002"
     assert wait(train("--resume", run, "--iterations", 3)) == 0
 
 
@@ -675,7 +678,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_pa
         assert wait(pid) == 2, log.read_text()
         assert "could not be written" in log.read_text() and "No space left" in log.read_text()
         assert "Traceback" not in log.read_text()
-        newest = ppo_pair.newest_checkpoint(disk / "run")
+        newest = runtime.newest_checkpoint(disk / "run")
         policies.load_policy("openvla-tiny", newest)
         assert int(newest.name[-2:]) >= 1 and (
             by == "checkpoints" or newest.name == "checkpoint-000002"
@@ -715,15 +718,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
         file.write_bytes(content[:-100] + bytes([content[-100] ^ 4]) + content[-99:])
     else:
         file.write_bytes(content[: len(content) // 2] if fault == "truncated" else b"")
-    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000007"
+    assert runtime.newest_checkpoint(run).name == "checkpoint-000007"
     assert file.name in capsys.readouterr().err
-    with pytest.raises(policies.PolicyError, match=file.name):
+    with pytest.raises(runtime.Fault, match=file.name):
         policies.load_policy("openvla-tiny", file.parent)
     subprocess.run(
         ["rm", "-r", *(p for p in run.glob("checkpoint-*") if p != file.parent)], check=True
     )
-    with pytest.raises(envs.Fault, match="no whole checkpoint"):
-        ppo_pair.newest_checkpoint(run)
+    with pytest.raises(runtime.Fault, match="no whole checkpoint"):
+        runtime.newest_checkpoint(run)
 
 
 @pytest.mark.parametrize(
@@ -770,7 +773,7 @@ def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
         == 2
     )
     assert sentence in log.read_text() and "Traceback" not in log.read_text()
-    newest = ppo_pair.newest_checkpoint(run)
+    newest = runtime.newest_checkpoint(run)
     assert newest.name == "checkpoint-000002"
     assert all(
         torch.isfinite(p).all() for p in policies.load_policy("openvla-tiny", newest).parameters()
@@ -779,7 +782,7 @@ def test_a_nan_stops_the_run(start, tmp_path, where, when, sentence):
         minibatch = torch.load(run / "nonfinite_rank0.pt", weights_only=True)
         assert (
             len(minibatch["rgb"])
-            == len(minibatch["latents"])
+            == len(minibatch["tokens"])
             == len(minibatch["instructions"])
             == 12
         )
@@ -807,21 +810,25 @@ def test_a_policy_that_is_broken_or_blind_does_not_start(start, tmp_path, value,
 
 
 def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
-    """All KLs fall to a hundredth after the first iteration that is not the critic's, and stay there for five."""
+    """The KL between fixed frames falls to a hundredth after the first iteration that is not the critic's, and stays there."""
     run, log = tmp_path / "run", tmp_path / "log"
 
-    def before(update=ppo_pair.update):
-        def kl():
-            return 0.01 if (run / "checkpoint-000002").exists() else 1.0
+    def before():
+        def unrelated_kl(*_):
+            return (
+                1.0
+                if not runtime.checkpoints(run)
+                or runtime.checkpoints(run)[-1].name < "checkpoint-000002"
+                else 0.01
+            )
 
-        ppo_pair.update = lambda *args: update(*args) | dict(inv_kl=kl(), sen_kl=kl())
-        ppo_pair.unrelated_kl = lambda *_: kl()
+        runtime.Sight.unrelated_kl = unrelated_kl
 
     assert wait(train(*fresh(start, run), "--iterations", 9, log=log, before=before)) == 2
     assert (
         "error: the policy is going blind" in log.read_text() and "Traceback" not in log.read_text()
     )
-    assert ppo_pair.newest_checkpoint(run).name == "checkpoint-000006"
+    assert runtime.newest_checkpoint(run).name == "checkpoint-000005"
 
 
 def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
@@ -858,5 +865,5 @@ def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
     assert "error: another rank ended, so rank" in output and "Signal 9 (SIGKILL)" in output
     assert all(
         torch.isfinite(p).all()
-        for p in load_file(ppo_pair.newest_checkpoint(run) / "model.safetensors").values()
+        for p in load_file(runtime.newest_checkpoint(run) / "model.safetensors").values()
     )

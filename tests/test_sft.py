@@ -11,12 +11,12 @@ import sapien
 import torch
 from transforms3d.euler import euler2quat
 
-import builtin
-import envs
 import policies
 import sft
+from runtime import Fault
+from scenes import builtin
 
-NAMES = [name for name, _, _ in builtin.OBJECTS]
+NAMES = builtin.PACK.names
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_oracle_solves_and_its_frames_are_labelled(episodes):
             3,
         )
         assert set(np.unique(e["classes"])) <= {0, 26, 27, *(1 + e["objects"])}
-        assert (np.abs(e["action"][:, :3]) <= sft.STEP + 1e-6).all() and np.isin(
+        assert (np.abs(e["action"][:, :3]) <= builtin.PACK.largest_move + 1e-6).all() and np.isin(
             e["action"][:, 6], (-1, 1)
         ).all()
     assert all(e["success"] for e in episodes[:2])
@@ -62,7 +62,9 @@ def turn_to(name, target, hand):
     }
     fake = {f"{k}_entity": SimpleNamespace(pose=pose) for k, pose in poses.items()}
     return np.rad2deg(
-        sft.grasp_turn(SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake))
+        builtin.grasp_turn(
+            SimpleNamespace(episode=SimpleNamespace(target=NAMES.index(name)), **fake)
+        )
     )
 
 
@@ -91,11 +93,11 @@ def test_without_that_turn_the_oracle_fails(env, start, monkeypatch):
     def solved():
         start(env, 35, "bare")
         for _ in range(env.pack.max_episode_steps):
-            env.step(sft.oracle(env))
+            env.step(env.pack.oracle(env))
         return env.success_once
 
-    assert solved() and env.instruction == "put green bar on plate"
-    monkeypatch.setattr(sft, "grasp_turn", lambda env: 0.0)
+    assert solved() and env.instructions == ["put green bar on plate"]
+    monkeypatch.setattr(builtin, "grasp_turn", lambda env: 0.0)
     assert not solved()
 
 
@@ -111,7 +113,7 @@ def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(
     )  # no step after the last frame
     moved = (labels != np.array(moves)).any(1).mean()
     assert moved == rate if rate in (0, 1) else 0.1 < moved < 0.6
-    assert (np.abs(labels[:, :3]) <= sft.STEP + 1e-6).all()
+    assert (np.abs(labels[:, :3]) <= builtin.PACK.largest_move + 1e-6).all()
 
 
 @pytest.mark.parametrize(("backbone", "rate"), [("openvla-tiny", 1 / 2), ("pi05-tiny", 1 / 8)])
@@ -119,7 +121,7 @@ def test_a_policy_that_acts_in_chunks_sees_fewer_disturbances(
     monkeypatch, tmp_path, backbone, rate
 ):
     asked = {}
-    monkeypatch.setattr(envs, "make_envs", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sft, "make_envs", lambda *_, **__: nullcontext())
     monkeypatch.setattr(
         sft,
         "collect_parallel",
@@ -221,7 +223,7 @@ def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
 
 
 def test_a_big_backbone_is_refused():
-    with pytest.raises(envs.Fault, match="tiny"):
+    with pytest.raises(Fault, match="tiny"):
         sft.main(sft.Args(backbone="openvla"))
 
 

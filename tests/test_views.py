@@ -11,8 +11,9 @@ import torch
 from conftest import PACKS
 
 import envs
-import sft
 import views
+from scenes import builtin
+from scenes.task import TABLE_Z, PutOnPlate
 
 
 # ---------------------------------------------------------------------------------------------------- Eq. (5)
@@ -21,7 +22,8 @@ def test_equation_5_pixel_by_pixel():
     rgb = torch.randint(0, 256, (6, 9, 7, 3), dtype=torch.uint8, generator=random)
     mask = torch.rand((6, 9, 7), generator=random) < 0.5
     tables = torch.randint(0, 256, (5, 9, 7, 3), dtype=torch.uint8, generator=random)
-    got = views.task_preserving(rgb, mask, tables, torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    got = views.composite(rgb, mask, tables)
     k = torch.randint(5, (6,), generator=torch.Generator().manual_seed(1))
     want = np.zeros((6, 9, 7, 3), np.uint8)
     for b in range(6):
@@ -40,7 +42,7 @@ def test_every_background_is_drawn_equally_often():
         torch.full((n, 1, 1, 3), 99, dtype=torch.uint8),
         torch.zeros(n, 1, 1, dtype=torch.bool),
     )
-    drawn = views.task_preserving(rgb, mask, tables)
+    drawn = views.composite(rgb, mask, tables)
     counts = torch.bincount(drawn[:, 0, 0, 0].long(), minlength=16)
     assert len(counts) == 16 and (counts - 1000).abs().max() < 150  # 5 sigma
 
@@ -52,9 +54,9 @@ def everything(env):
 
 def grasp(env, start, episode_id, split="train"):
     """Brings the target into the gripper, above the table."""
-    start(env, episode_id, split, exact=False)
-    while not (env.grasped and env.target_entity.pose.p[2] > envs.TABLE_Z + 0.04):
-        env.step(sft.oracle(env))
+    start(env, episode_id, split, rebuild=False)
+    while not (env.grasped and env.target_entity.pose.p[2] > TABLE_Z + 0.04):
+        env.step(env.pack.oracle(env))
         env.elapsed += 1
         assert env.elapsed < env.pack.max_episode_steps
 
@@ -64,11 +66,11 @@ def test_mask_is_robot_target_and_plate(env, start, split, held):
     if held:
         grasp(env, start, 4, split)
     else:
-        start(env, 4, split, exact=False)
+        start(env, 4, split, rebuild=False)
     rgb, ids = env.picture()
     rgb, mask = rgb.copy(), env.foreground(ids)
     names = {e.per_scene_id: e.name for e in env.scene.sub_scenes[0].entities}
-    target = env.instruction.removeprefix("put ").removesuffix(" on plate")
+    target = env.instructions[0].removeprefix("put ").removesuffix(" on plate")
     kept = set()
     for i in np.unique(ids):
         wanted = "panda" in names[i] or names[i].endswith(
@@ -80,7 +82,7 @@ def test_mask_is_robot_target_and_plate(env, start, split, held):
         name.endswith("plate") for name in kept
     )
     # And without the ids: hiding these bodies changes nothing outside the mask, and nearly everything inside it.
-    with views.hidden([*env.links, env.target_entity, env.plate_entity]):
+    with env.hidden([*env.links, env.target_entity, env.plate_entity]):
         without = env.picture()[0].copy()
     assert np.array_equal(without[~mask], rgb[~mask])
     assert (without[mask] != rgb[mask]).any(-1).mean() > 0.9
@@ -89,36 +91,36 @@ def test_mask_is_robot_target_and_plate(env, start, split, held):
 
 def test_backgrounds_show_nothing_but_the_table(env, start):
     """The same 16 pictures whatever stands on the table; and where a frame shows no object, they are the frame."""
-    start(env, 0, "train", exact=False)
-    first = views.render_backgrounds([env], list(range(16)))
+    start(env, 0, "train", rebuild=False)
+    first = env.empty_tables(list(range(16)))
     assert first.shape == (16, 96, 96, 3) and first.dtype == np.uint8
     far = [np.abs(first[i].astype(int) - first[j]).mean() for i in range(16) for j in range(i)]
     assert min(far) > 3
     grasp(env, start, 4)
     before = env.picture()[0].copy()
-    assert np.array_equal(views.render_backgrounds([env], list(range(16))), first)
+    assert np.array_equal(env.empty_tables(list(range(16))), first)
     assert np.array_equal(env.picture()[0], before)
     start(
-        env, 5, "lighting", exact=False
+        env, 5, "lighting", rebuild=False
     )  # a held-out light and camera must not leak into the training backgrounds
-    assert np.array_equal(views.render_backgrounds([env], [2, 7]), first[[2, 7]])
-    start(env, 5, "camera+20", exact=False)
-    assert np.array_equal(views.render_backgrounds([env], [2, 7]), first[[2, 7]])
+    assert np.array_equal(env.empty_tables([2, 7]), first[[2, 7]])
+    start(env, 5, "camera+20", rebuild=False)
+    assert np.array_equal(env.empty_tables([2, 7]), first[[2, 7]])
     for episode_id in (1, 6):
-        start(env, episode_id, "clutter-8", exact=False)
+        start(env, episode_id, "clutter-8", rebuild=False)
         rgb, ids = env.picture()
         bare = ~np.isin(ids, [e.per_scene_id for e in everything(env)])
         assert 0.3 < bare.mean() < 0.95
         assert np.array_equal(rgb[bare], first[env.episode.table][bare])
-    with views.hidden(everything(env)):
+    with env.hidden(everything(env)):
         assert not np.isin(env.picture()[1], [e.per_scene_id for e in everything(env)]).any()
 
 
 # ---------------------------------------------------------------------------------------------------- the altered view
-def set_pose_and_back(env, rng):
+def set_pose_and_back(env, rngs):
     """What one must not do: the target's body is moved, drawn and put back."""
     pose = env.target_entity.pose
-    env.target_entity.pose = sapien.Pose(pose.p + [*rng.normal(0, 0.05, 2), 0], pose.q)
+    env.target_entity.pose = sapien.Pose(pose.p + [*rngs[0].normal(0, 0.05, 2), 0], pose.q)
     picture = env.picture()[0].copy()
     env.target_entity.pose = pose
     return picture
@@ -137,8 +139,8 @@ def test_physics_does_not_notice_a_view(scene, start, full_state, pack):
         for step in range(80):
             frames.append(env.picture()[0].copy())
             for look in looks:
-                look(env, np.random.default_rng(step))
-            env.step(sft.oracle(env))
+                look(env, [np.random.default_rng(step)])
+            env.step(env.pack.oracle(env))
             states.append(full_state(env))
             held.append(env.grasped)
         return np.array(states), np.array(frames), held
@@ -156,16 +158,16 @@ def test_altered_view_moves_the_target_and_nothing_else(env, start, held):
     if held:
         grasp(env, start, 4)
     else:
-        start(env, 4, exact=False)
+        start(env, 4, rebuild=False)
     rgb, ids = (x.copy() for x in env.picture())
-    alt = views.task_altering(env, np.random.default_rng(10)).copy()
+    alt = views.task_altering(env, [np.random.default_rng(10)]).copy()
     old = ids == env.target_entity.per_scene_id
     rng = np.random.default_rng(10)
     move, yaw = rng.normal(0, views.ALTER_SIGMA, 2), rng.choice(views.ALTER_YAWS)
     pose = env.target_entity.pose
     turn = sapien.Pose(q=[np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
     moved = sapien.Pose(pose.p + [*move, 0], (turn * sapien.Pose(q=pose.q)).q)
-    with views.drawn_at(env.target_entity, moved):
+    with env.drawn_at(env.target_entity, moved):
         new = env.picture()[1] == env.target_entity.per_scene_id
     assert old.sum() > 20 and new.sum() > 20 and np.linalg.norm(move) > 0.05 and yaw > 1
     assert np.array_equal(alt[~(old | new)], rgb[~(old | new)])
@@ -175,24 +177,22 @@ def test_altered_view_moves_the_target_and_nothing_else(env, start, held):
     assert np.abs(env.picture()[0].astype(int) - alt).max() <= 1
 
 
-def test_the_perturbation_is_as_stated(monkeypatch):
+def test_the_perturbation_is_as_stated():
     """N(0, 5 cm) in x and y, nothing in z, one of four yaws about the vertical: 8000 draws."""
     poses = []
 
     @contextmanager
-    def record(entity, pose):
+    def drawn_at(entity, pose):
         poses.append(pose)
         yield
 
-    monkeypatch.setattr(views, "drawn_at", record)
     tilted = sapien.Pose([-0.1, 0.05, 0.9], [np.cos(0.2), np.sin(0.2), 0, 0])
-    fake = SimpleNamespace(
-        target_entity=SimpleNamespace(pose=tilted),
-        picture=lambda: (np.zeros((2, 2, 3), np.uint8), None),
-    )
+    fake = object.__new__(PutOnPlate)
+    fake.target_entity, fake.drawn_at = SimpleNamespace(pose=tilted), drawn_at
+    fake.picture = lambda: (np.zeros((2, 2, 3), np.uint8), None)
     rng = np.random.default_rng(0)
     for _ in range(8000):
-        views.task_altering(fake, rng)
+        views.task_altering(fake, [rng])
     moves = np.array([pose.p for pose in poses]) - tilted.p
     assert np.allclose(moves[:, :2].std(0), 0.05, atol=0.0015) and np.allclose(
         moves[:, :2].mean(0), 0, atol=0.002
@@ -218,22 +218,22 @@ def test_composite_and_rerender_agree(scene, start, pack, held):
         grasp(env, start, 4)
     else:
         start(
-            env, 11, "clutter-8", exact=False
+            env, 11, "clutter-8", rebuild=False
         )  # a distractor stands in front of the target or the plate
     rgb, ids = (x.copy() for x in env.picture())
     mask = env.foreground(ids)
     table = int(np.random.default_rng(3).integers(16))
-    rerender = views.rerendered(env, np.random.default_rng(3)).copy()
+    rerender = views.rerendered(env, [np.random.default_rng(3)]).copy()
     assert (
         np.array_equal(env.picture()[0], rgb) and env.table_now == env.episode.table != table
     )  # all is as before
-    background = torch.from_numpy(views.render_backgrounds([env], [table]))
-    composite = views.task_preserving(
+    background = torch.from_numpy(env.empty_tables([table]))
+    composite = views.composite(
         torch.from_numpy(rgb)[None], torch.from_numpy(mask)[None], background
     )[0].numpy()
     assert np.array_equal(composite[mask], rerender[mask])
     differ = (composite != rerender).any(-1)
-    with views.hidden(env.objects[i]._objs[0] for i in env.episode.distractors):
+    with env.hidden(env.objects[i]._objs[0] for i in env.episode.distractors):
         behind = (
             env.foreground(env.picture()[1]) & ~mask
         )  # foreground that a distractor stood in front of
@@ -254,7 +254,7 @@ def test_other_camera_is_the_frame_of_that_camera(scene, start, pack):
     assert np.array_equal(env.picture()[0], frames[here])
     seen = set()
     for seed in range(12):
-        view = views.other_camera(env, np.random.default_rng(seed)).astype(int)
+        view = views.other_camera(env, [np.random.default_rng(seed)]).astype(int)
         seen.add(min(frames, key=lambda degrees: np.abs(view - frames[degrees]).sum()))
         assert min(np.abs(view - frame).max() for frame in frames.values()) <= 1
     assert seen == set(frames) - {here}
@@ -266,7 +266,7 @@ def test_vectorised_views():
     options = dict(image_size=48, alter=views.task_altering, preserve=views.rerendered)
     with envs.make_envs(2, num_workers=2, **options) as vec:
         start = time.perf_counter()
-        first = vec.reset([3, 4], exact=True, alter_seed=5)
+        first = vec.reset([3, 4], rebuild=True, alter_seed=5)
         assert 0 < vec.view_seconds < time.perf_counter() - start
         for name in ("rgb_alt", "rgb_pre"):
             assert first[name].shape == (2, 48, 48, 3) and first[name].dtype == torch.uint8
@@ -274,16 +274,16 @@ def test_vectorised_views():
         assert torch.equal(first["rgb_pre"][first["mask"]], first["rgb"][first["mask"]])
         action = torch.zeros(2, 2, 7)
         later = vec.step(action)[0]
-        tables = views.backgrounds(vec)
-        swapped = vec.reset([4, 3], exact=True, alter_seed=5)
+        tables = vec.backgrounds()
+        swapped = vec.reset([4, 3], rebuild=True, alter_seed=5)
         assert all(torch.equal(swapped[k].flip(0), first[k]) for k in first)
         assert all(torch.equal(vec.step(action)[0][k].flip(0), later[k]) for k in ("rgb",))
-        other = vec.reset([3, 4], exact=True, alter_seed=6)
+        other = vec.reset([3, 4], rebuild=True, alter_seed=6)
         assert torch.equal(other["rgb"], first["rgb"]) and not torch.equal(
             other["rgb_alt"], first["rgb_alt"]
         )
         assert tables.shape == (16, 48, 48, 3) and tables.dtype == torch.uint8
-        e = envs.sample_episode(3, "train", envs.PACKS["builtin"])
+        e = envs.sample_episode(3, "train", builtin.PACK)
         edge = torch.zeros(48, 48, dtype=torch.bool)
         edge[-3:] = True  # the near edge of the table, where nothing stands
         agree = [

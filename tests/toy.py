@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import envs
 import policies
 import ppo_pair
+import runtime
+from backbones.openvla import OPENVLA_TINY
+from backbones.pi0 import PI, PI05_TINY, PI_KIND
+from backbones.tokenizers import WordTokenizer
 
 
 class Toy:
@@ -44,7 +48,7 @@ class Toy:
         mask[:, half // 2 : -half // 2] = True  # what the task-preserving view keeps
         return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2), state=torch.zeros(self.num_envs, 8))
 
-    def reset(self, episode_ids, split="train", exact=False, alter_seed=0):
+    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0):
         self.episode_ids, self.elapsed, self.correct = (
             list(episode_ids),
             0,
@@ -67,13 +71,12 @@ class Toy:
             info,
         )
 
-    def map(self, function, *args):  # views.backgrounds asks for pictures of the 16 tables
-        return [
+    def backgrounds(self):
+        return (
             torch.arange(16, dtype=torch.uint8)
             .mul(10)[:, None, None, None]
             .expand(16, self.size, self.size, 3)
-            .numpy()
-        ]
+        )
 
     def __enter__(self):
         return self
@@ -84,7 +87,7 @@ class Toy:
 
 def toy_policy(backbone="openvla-tiny"):
     if backbone == "openvla-tiny":
-        config = copy.deepcopy(policies.OPENVLA_TINY)
+        config = copy.deepcopy(OPENVLA_TINY)
         config["image_sizes"] = [16, 16]
         config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                       num_key_value_heads=2)  # fmt: skip
@@ -92,18 +95,16 @@ def toy_policy(backbone="openvla-tiny"):
             embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16]
         )
         config["_tiny_timm_kwargs"][1] |= dict(embed_dim=16, depth=2, num_heads=2, patch_size=8)
-        policy = policies.OpenVLA(config)
+        policy = policies.TokenPolicy(config)
     else:
-        config = (
-            policies.PI | policies.PI_KIND["pi05"] | policies.PI05_TINY | {"model_type": "pi05"}
-        )
+        config = PI | PI_KIND["pi05"] | PI05_TINY | {"model_type": "pi05"}
         config |= dict(image_size=16, patch=8, stem=[16, 16], vis_width=32, vis_depth=1, vis_mlp=64, depth=1, head_dim=16,
                        vlm_width=32, vlm_mlp=64, exp_width=32, exp_mlp=64)  # fmt: skip
-        policy = policies.Pi0(config)
+        policy = policies.FlowPolicy(config)
     policy.init_from_scratch()
     policy.init_value_head()
     policy.use_norm_stats("builtin")
-    policy.tokenizer = policies.WordTokenizer(config["_word_vocab"])
+    policy.tokenizer = WordTokenizer(config["_word_vocab"])
     return policy.eval()
 
 
@@ -113,19 +114,10 @@ def in_float64(x, original=torch.Tensor.float):
     return original(x) if x.dtype == torch.int64 else x.double()
 
 
-def make_envs(
-    num_envs,
-    assets="builtin",
-    *,
-    image_size=None,
-    num_workers=None,
-    alter=None,
-    preserve=None,
-    sim="cpu",
-):
+def make_envs(num_envs, assets="builtin", *, image_size=None, **others):
     return Toy(num_envs, image_size, seconds=float(os.environ.get("TOY_SECONDS", 0)))
 
 
 if __name__ == "__main__":
     envs.make_envs = make_envs
-    ppo_pair.command_line()
+    runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))

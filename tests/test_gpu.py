@@ -1,6 +1,7 @@
-"""envs_cuda.py where no GPU is: one scene on a CPU against envs.py, and N scenes of pretended bodies."""
+"""scenes/gpu.py where no GPU is: one scene on a CPU against scenes/task.py, and N scenes of pretended bodies."""
 
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,20 +10,16 @@ import sapien
 import torch
 
 import envs
-import envs_cuda
-import sft
 import views
+from runtime import Fault
+from scenes import builtin, gpu, rl4vla, task
 
 
-def make_one(drawn, assets="builtin"):
-    return envs_cuda.CudaVecEnv(
-        1,
-        assets,
-        None,
-        drawn,
-        "physx_cpu",
-        f"sapien_{envs.render_backend().replace('gpu', 'cuda')}",
-    )
+def make_one(drawn):
+    pack = builtin.PACK
+    sample = partial(envs.sample_episode, pack=pack)
+    backends = dict(sim_backend="physx_cpu", render_backend=task.render_backend())
+    return gpu.CudaVecEnv(1, pack, None, sample, drawn, **backends)
 
 
 def same_picture(a, b):
@@ -30,25 +27,26 @@ def same_picture(a, b):
     return (np.abs(np.asarray(a, int) - np.asarray(b, int)) > 8).mean() < 0.004
 
 
-def test_one_scene_plays_as_envs_py():
+def test_one_scene_plays_as_task_py():
     """The same episode, rewards, pictures, mask and views, step by step; and torch's random numbers are left alone."""
     drawn = dict(rgb_alt=views.task_altering, rgb_pre=views.rerendered)
     env = envs.make_env("builtin")
     with make_one(drawn) as vec:
-        env.reset(seed=0, options=dict(episode_ids=[3], split="clutter-2", reconfigure=True))
+        episodes = [env.sample(3, "clutter-2")]
+        env.reset(seed=0, options=dict(episodes=episodes, reconfigure=True))
         random_state = torch.get_rng_state()
         obs, done, rewards = (
-            vec.reset([3], "clutter-2", exact=True, alter_seed=5),
+            vec.reset([3], "clutter-2", rebuild=True, alter_seed=5),
             torch.tensor([False]),
             [],
         )
-        assert vec.instructions == [env.instruction]
+        assert vec.instructions == env.instructions
         while not done.all():
             rgb, ids = env.picture()
             want = dict(rgb=rgb.copy(), mask=255 * env.foreground(ids))
             for name, view in drawn.items():
                 draw = [5, 3, env.elapsed] + [1] * (name == "rgb_pre")
-                want[name] = view(env, np.random.default_rng(draw))
+                want[name] = view(env, [np.random.default_rng(draw)])
             for name, picture in want.items():
                 assert same_picture(obs[name][0] * (255 if name == "mask" else 1), picture), (
                     name,
@@ -57,7 +55,7 @@ def test_one_scene_plays_as_envs_py():
             assert np.allclose(obs["state"][0], env.state(), atol=2e-3)
             chunk, wanted = [], 0.0
             for _ in range(5):
-                chunk.append(sft.oracle(env))
+                chunk.append(env.pack.oracle(env))
                 env.step(chunk[-1])
                 env.elapsed += 1
                 wanted += env.reward()
@@ -76,23 +74,20 @@ def test_one_scene_plays_as_envs_py():
         assert torch.equal(random_state, torch.get_rng_state())
 
         # Cameras and lights: those of the episode, and what the views draw from
-        vec.views = dict(rgb_pre=envs_cuda.other_camera)
         for split, view in (("camera+-15:5", views.other_camera), ("lighting", None)):
-            env.reset(seed=0, options=dict(episode_ids=[4], split=split, reconfigure=True))
-            vec.views = dict(rgb_pre=envs_cuda.other_camera) if view else {}
+            env.reset(seed=0, options=dict(episodes=[env.sample(4, split)], reconfigure=True))
+            vec.views = dict(rgb_pre=view) if view else {}
             obs = vec.reset([4], split)
             assert same_picture(obs["rgb"][0], env.picture()[0]), split
             if view:
-                assert same_picture(
-                    obs["rgb_pre"][0], view(env, np.random.default_rng([0, 4, 0, 1]))
-                )
+                want = view(env, [np.random.default_rng([0, 4, 0, 1])])
+                assert same_picture(obs["rgb_pre"][0], want)
         vec.reset([4], "camera+20")
-        theirs = vec.map(views.render_backgrounds, ([2, 17],))[0]
-        assert same_picture(theirs, views.render_backgrounds([env], [2, 17]))
+        assert same_picture(vec.backgrounds([2, 17]), env.empty_tables([2, 17]))
 
         # Of old scenes nothing stays in memory
         old = weakref.ref(vec.env.scene)
-        vec.reset([4], exact=True)
+        vec.reset([4], rebuild=True)
         assert old() is None
         old = weakref.ref(vec.env.scene)
     assert old() is None
@@ -113,7 +108,7 @@ class Body:
 @pytest.fixture
 def three():
     """PutOnPlates on three scenes that do not exist: 25 objects are rows 0-24 of a scene's 40, tables 27-29."""
-    env = object.__new__(envs_cuda.PutOnPlates)
+    env = object.__new__(gpu.PutOnPlates)
     data = torch.randn(120, 13, generator=torch.Generator().manual_seed(0))
     data[:, 3:7] = torch.nn.functional.normalize(data[:, 3:7], dim=1)
     px = SimpleNamespace(cuda_rigid_body_data=SimpleNamespace(torch=lambda: data), timestep=0.01)
@@ -122,7 +117,7 @@ def three():
         SimpleNamespace(gpu_sim_enabled=True, px=px),
         3,
         "cpu",
-        envs.PACKS["builtin"],
+        builtin.PACK,
     )
     env.objects, env.plate, env.fingers, env.table_tops = (
         bodies[:25],
@@ -131,7 +126,8 @@ def three():
         bodies[27:30],
     )
     env.episodes = [envs.sample_episode(i, "clutter-2", env.pack) for i in (0, 1, 2)]
-    env.picture = lambda tables=None: (data.clone(), None)
+    env.picture = lambda: (data.clone(), None)
+    env.tables = torch.tensor([e.table for e in env.episodes])
     env.contact_query = None
     return env, data
 
@@ -140,16 +136,17 @@ def test_a_view_moves_the_right_body_in_every_scene_and_puts_it_back(three):
     env, data = three
     before, targets = data.clone(), [e.target for e in env.episodes]
     assert len(set(targets)) > 1, "scenes with different targets"
-    seen = envs_cuda.task_altering(env, [np.random.default_rng(i) for i in range(3)])
+    seen = views.task_altering(env, [np.random.default_rng(i) for i in range(3)])
     changed = (seen != before).any(1).nonzero().flatten().tolist()
     assert changed == [40 * n + t for n, t in enumerate(targets)]
     for n, row in enumerate(changed):
         pose = sapien.Pose(before[row, :3], before[row, 3:7])
-        want = views.altered_pose(pose, np.random.default_rng(n))
+        rng = np.random.default_rng(n)
+        want = task.moved(pose, *rng.normal(0, 0.05, 2), rng.choice(views.ALTER_YAWS))
         assert np.allclose(seen[row, :7], [*want.p, *want.q], atol=1e-6)
     assert torch.equal(data, before)
 
-    seen = envs_cuda.rerendered(env, [np.random.default_rng(i) for i in range(3)])
+    seen = views.rerendered(env, [np.random.default_rng(i) for i in range(3)])
     for n, e in enumerate(env.episodes):
         below = (seen[40 * n : 40 * n + 30, 2] == -50).nonzero().flatten().tolist()
         table = int(np.random.default_rng(n).integers(16))
@@ -184,14 +181,13 @@ def test_forces_belong_to_the_target_of_their_scene(three):
 
 
 def test_every_robot_gets_its_look(monkeypatch):
-    looks, pack = [], envs.PACKS["rl4vla"]
-    monkeypatch.setattr(envs.sapien_utils, "set_articulation_render_material",
+    looks, pack = [], rl4vla.PACK
+    monkeypatch.setattr(task.sapien_utils, "set_articulation_render_material",
                         lambda robot, **look: looks.append((robot, look)))  # fmt: skip
     env = SimpleNamespace(agent=SimpleNamespace(robot=SimpleNamespace(_objs=[7, 8, 9])), pack=pack)
-    monkeypatch.setattr(
-        envs, "super", lambda: SimpleNamespace(_load_agent=lambda *_: None), raising=False
-    )
-    envs.PutOnPlate._load_agent(env, {})
+    parent = SimpleNamespace(_load_agent=lambda *_: None)
+    monkeypatch.setattr(task, "super", lambda: parent, raising=False)
+    task.PutOnPlate._load_agent(env, {})
     assert looks == [(robot, pack.robot_look) for robot in (7, 8, 9)] and pack.robot_look
 
 
@@ -199,23 +195,23 @@ def test_which_simulator(monkeypatch, tmp_path, capsys):
     assert envs.choose_sim("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert envs.choose_sim("auto") == "cpu"
-    with pytest.raises(envs.Fault, match="--sim cuda: there is no CUDA device here"):
+    with pytest.raises(Fault, match="--sim cuda: there is no CUDA device here"):
         envs.choose_sim("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(envs.Path, "home", lambda: tmp_path)
-    with pytest.raises(envs.Fault, match="libPhysXGpu_64.so is missing: .*enable_gpu"):
+    with pytest.raises(Fault, match="libPhysXGpu_64.so is missing: .*enable_gpu"):
         envs.choose_sim("cuda")
     assert capsys.readouterr().err == ""
     assert envs.choose_sim("auto") == "cpu"
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("physics on the CPU, pictures on the ")
+    assert line.startswith("physics on the CPU, pictures on ")
     library = tmp_path / f".sapien/physx/{sapien.physx.version()}/libPhysXGpu_64.so"
     library.parent.mkdir(parents=True)
     library.touch()
-    monkeypatch.setattr(envs, "render_backend", lambda: "cpu")
-    with pytest.raises(envs.Fault, match="--sim cuda: SAPIEN cannot draw on this GPU"):
+    monkeypatch.setattr(task, "render_backend", lambda: "sapien_cpu")
+    with pytest.raises(Fault, match="--sim cuda: SAPIEN cannot draw on this GPU"):
         envs.choose_sim("cuda")
     assert envs.choose_sim("auto") == "cpu" and "cannot draw" in capsys.readouterr().err
-    monkeypatch.setattr(envs, "render_backend", lambda: "gpu")
+    monkeypatch.setattr(task, "render_backend", lambda: "sapien_cuda:0")
     assert envs.choose_sim("auto") == envs.choose_sim("cuda") == "cuda"
     assert capsys.readouterr().err == ""

@@ -1,12 +1,14 @@
-"""How fast is the simulator here? `python tests/bench_envs.py` prints a markdown table; both sides of every ratio in one run.
+"""How fast is the simulator here? `python tools/bench_envs.py` prints a markdown table; both sides
+of every ratio in one run.
 
-Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that a change of the
-machine's pace in mid-run meets both. Needs free cores: close what else is running. About five minutes.
+Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that
+a change of the machine's pace in mid-run meets both. Needs free cores: close what else is running.
+About five minutes.
 
-    python tests/bench_envs.py                   # against plain ManiSkill's PickCube-v1
-    python tests/bench_envs.py --assets rl4vla   # against ManiSkill's PutCarrotOnPlateInScene-v1, read out as RL4VLA does
-    python tests/bench_envs.py --settings        # what a step with a picture costs when one setting is as ManiSkill has it
-    python tests/bench_envs.py --pair            # an iteration of ppo_pair.py's default with and without the pair losses
+    python tools/bench_envs.py                 # against plain ManiSkill's PickCube-v1
+    python tools/bench_envs.py --assets rl4vla # against RL4VLA's PutCarrotOnPlateInScene-v1
+    python tools/bench_envs.py --settings      # a step with a picture, one setting as ManiSkill's
+    python tools/bench_envs.py --pair          # an iteration of ppo_pair.py without and with pairs
 """
 
 import dataclasses
@@ -20,22 +22,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if "PAIR_VLA_ASSETS" in os.environ:
-    os.environ.setdefault(
-        "MS_ASSET_DIR", os.environ["PAIR_VLA_ASSETS"]
-    )  # where the env of comparison looks for its stage
+if "PAIR_VLA_ASSETS" in os.environ:  # where the env of comparison looks for its stage
+    os.environ.setdefault("MS_ASSET_DIR", os.environ["PAIR_VLA_ASSETS"])
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-import builtin
-import envs  # sets LP_NUM_THREADS=0, for both sides
+import envs
 import policies
 import ppo_pair
 import sft
 import views
+from runtime import command_line
+from scenes import builtin
+from scenes.task import PutOnPlate, render_backend  # sets LP_NUM_THREADS=0, for both sides
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Args:
 
 
 def window(step, seconds: float) -> float:
-    """Calls step() for `seconds`; returns how many units per second it did (step returns its units)."""
+    """Calls step() for `seconds`; returns how many units per second it did (step returns its
+    units)."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         done += step()
@@ -80,7 +83,8 @@ PLAYING = {}  # which step function each vector environment is in the middle of 
 
 
 def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
-    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets are part of the time)."""
+    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets
+    are part of the time)."""
     episode = [0]
     rng = np.random.default_rng(0)
 
@@ -89,18 +93,16 @@ def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
             PLAYING[vec] = step
             vec.reset(range(episode[0], episode[0] + vec.num_envs), split)
             episode[0] += vec.num_envs
-        vec.step(
-            torch.from_numpy(
-                (rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE).astype(np.float32)
-            )
-        )
+        actions = rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE
+        vec.step(torch.from_numpy(actions.astype(np.float32)))
         return vec.num_envs
 
     return step
 
 
 def plain_maniskill(assets: str, size: int):
-    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its scene at 640 x 480)."""
+    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its
+    scene at 640 x 480)."""
     name, camera, options = {
         "builtin": (
             "PickCube-v1",
@@ -110,10 +112,10 @@ def plain_maniskill(assets: str, size: int):
         "rl4vla": ("PutCarrotOnPlateInScene-v1", "3rd_view_camera", {}),
     }[assets]
     env = gym.make(name, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu",
-                   render_backend=envs.render_backend(), **options)  # fmt: skip
+                   render_backend=render_backend(), **options)  # fmt: skip
     env.reset(seed=0)
     env.action_space.seed(0)
-    length = envs.PACKS[assets].max_episode_steps
+    length = envs.find_pack(assets).max_episode_steps
     count = [0]
 
     def step():
@@ -128,7 +130,8 @@ def plain_maniskill(assets: str, size: int):
 
 
 def demonstrations(assets: str, size: int):
-    """Runs of sft.collect on one scene in this process, frames included, undisturbed; counts those that succeed."""
+    """sft.collect on one scene in this process, frames included, undisturbed; counts those that
+    succeed."""
     env = envs.make_env(assets, size)
     episode = [0]
 
@@ -164,7 +167,8 @@ SETTINGS = dict(
 
 
 def one_setting(conn, setting: str, args: Args):
-    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each message asks for a window."""
+    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each
+    message asks for a window."""
     torch.set_num_threads(1)
     if setting not in ("threads", "cores"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -177,19 +181,16 @@ def one_setting(conn, setting: str, args: Args):
             for i in range(3):
                 env.scene.add_directional_light([0.3, 0.2, -1], [1, 1, 1], shadow=i == 0)
 
-        envs.PutOnPlate._load_lighting = with_shadow
+        PutOnPlate._load_lighting = with_shadow
     size = args.image_size or envs.find_pack("builtin").image_size
     if setting == "observation":
-        envs.PutOnPlate.SUPPORTED_OBS_MODES = ("rgb+segmentation",)
-        env = gym.make(envs.ENV_ID, obs_mode="rgb+segmentation", image_size=size, sim_backend="cpu",
-                       render_backend=envs.render_backend()).unwrapped  # fmt: skip
-    else:
-        env = envs.make_env("builtin", size)
+        PutOnPlate.SUPPORTED_OBS_MODES = ("rgb+segmentation",)  # the first is what make_env takes
+    env = envs.make_env("builtin", size)
     rng, count = np.random.default_rng(0), [0]
 
     def step():
         if count[0] % env.pack.max_episode_steps == 0:
-            env.reset(seed=0, options=dict(episode_ids=[count[0]], split="train"))
+            env.reset(seed=0, options=dict(episodes=[env.sample(count[0], "train")]))
         count[0] += 1
         env.step((rng.uniform(-1, 1, 7) * SCALE).astype(np.float32))
         if setting != "observation":
@@ -225,7 +226,8 @@ def settings_table(args: Args):
 
 
 def iteration_table(args: Args):
-    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are windows."""
+    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are
+    windows."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = ppo_pair.Args(**ppo_pair.TABLE_3["openvla-tiny"])
     pair.target_kl = 0.0  # no update ends early
@@ -277,8 +279,9 @@ def main(args: Args):
         make(1, preserve=views.rerendered) as drawn,
     ):
         rate = medians(
-            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"), chunks=episodes(plain, chunk=5),
-            one=episodes(one), eight=episodes(eight), many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
+            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"),
+            chunks=episodes(plain, chunk=5), one=episodes(one), eight=episodes(eight),
+            many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
             demos=demonstrations(args.assets, size), compose=compositing(size),
         )  # fmt: skip
     pack = f"`{args.assets}`"
@@ -309,9 +312,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    try:
-        main(args)
-    except envs.Fault as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(lambda: main(tyro.cli(Args)))

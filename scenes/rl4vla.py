@@ -1,7 +1,9 @@
-"""Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its files, on stock mani_skill.
+"""Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its
+files, on stock mani_skill.
 
-What envs.py asks of a pack: the robot, its camera and rates, and how objects, plate and tables are made. Then where the
-files are (`python envs.py --download` fetches them), and a scripted oracle, which sft.py and the tests use.
+`Rl4vlaPack` has what a pack declares: robot, camera, rates, counts, lights, and how objects, plate
+and tables are made. Then where the files are (`python envs.py --download` fetches them), and the
+scripted oracle.
 """
 
 import json
@@ -22,13 +24,22 @@ from sapien.physx import PhysxRigidDynamicComponent
 from transforms3d.axangles import axangle2mat, mat2axangle
 from transforms3d.euler import mat2euler
 
-TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
+from scenes.task import TABLE_Z, Light, held_out_lights
+
+LIGHTS = (  # ambient, key, brightness of the fills
+    ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),  # dim
+    ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),  # bright
+    ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
+    ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
+)
 
 
 class Rl4vlaPack:
-    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind them.
+    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind
+    them.
 
-    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular damping (envs.py).
+    DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular
+    damping (task.py).
     """
 
     name = "rl4vla"
@@ -40,14 +51,19 @@ class Rl4vlaPack:
     )
     camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
     camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
+    camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 224
     sim_freq, control_freq = 500, 5
     max_episode_steps = 80
     grasp_streak = 5
+    largest_move, largest_turn = 0.03, 0.35  # of the oracle in one control step: metres, radians
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.006]), 0.92
     settles_again = True  # where something still moves after 0.3 s
     floor = None  # what is not robot, object or plate is the photograph
     table_materials = ()
+    # The first of each are for training, the others are held out
+    train_objects, train_tables, num_tables = 16, 16, 21
+    lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
 
     @cached_property
     def folder(self) -> Path:
@@ -64,9 +80,8 @@ class Rl4vlaPack:
 
     @cached_property
     def sizes(self) -> list[np.ndarray]:
-        return [
-            np.subtract(entry["bbox"]["max"], entry["bbox"]["min"]) for _, entry in self.objects
-        ]
+        boxes = [entry["bbox"] for _, entry in self.objects]
+        return [np.subtract(box["max"], box["min"]) for box in boxes]
 
     def fault(self) -> str:
         """What is the matter with the files; empty if nothing is."""
@@ -74,15 +89,16 @@ class Rl4vlaPack:
         if not faults:
             return ""
         path, fault = next(iter(faults.items()))
-        return f"{path} {fault}" + (
-            f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else ""
-        )
+        others = f", and so are or have {len(faults) - 1} others" if len(faults) > 1 else ""
+        return f"{path} {fault}{others}: `python envs.py --download` fetches them"
+
+    def clean_up(self):
+        """Nothing was written."""
 
     def lens(self, size: int) -> dict:
         """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
-        fx, fy, cx, cy = (
-            np.array([623.588, 623.588, 319.501, 239.545]) * size / [640, 480, 640, 480]
-        )
+        bridge = np.array([623.588, 623.588, 319.501, 239.545])
+        fx, fy, cx, cy = bridge * size / [640, 480, 640, 480]
         return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
 
     def radius(self, i: int) -> float:
@@ -112,18 +128,21 @@ class Rl4vlaPack:
         self._build(self.folder / "more_plate/001_plate_simpler", 1003, builder, material)
 
     def photos(self, size: int) -> np.ndarray:
-        """(21, size, size, 3) uint8"""
+        """(num_tables, size, size, 3) uint8"""
         from PIL import Image
 
         files = sorted((self.folder / "more_table/imgs").glob("*.png"))
-        return np.stack(
-            [Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BOX) for f in files]
-        )
+        photos = [Image.open(file).convert("RGB") for file in files]
+        return np.stack([photo.resize((size, size), Image.Resampling.BOX) for photo in photos])
+
+    def oracle(self, scene) -> np.ndarray:
+        return oracle(scene)
 
 
 @register_agent()
 class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
-    """ManiSkill's WidowX250S with RL4VLA's controller: as builtin.LightPanda's, but deltas accumulate on the commanded pose."""
+    """ManiSkill's WidowX250S with RL4VLA's controller: as builtin.LightPanda's, but deltas
+    accumulate on the commanded pose."""
 
     uid = "widowx_bridge"
     _sensor_configs = ()
@@ -142,17 +161,18 @@ class BridgeWidowX(WidowX250SBridgeDatasetFlatTable):
         return {"pd_ee_target_delta_pose": config}
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------ files
 HUB_DATASET = "RLinf/maniskill_assets"  # RL4VLA's objects, plates and photographs of tables
-FILES = (
-    Path(__file__).parent / "rl4vla_files.txt"
-)  # what the pack reads: "bytes path" in every line
+# What the pack reads: "bytes path" in every line
+FILES = Path(__file__).parent / "rl4vla_files.txt"
 
 
 def asset_folders() -> dict[str, Path]:
-    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt: directory}.
+    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt:
+    directory}.
 
-    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is fetched.
+    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is
+    fetched.
     """
     if "PAIR_VLA_ASSETS" in os.environ:
         root = Path(os.environ["PAIR_VLA_ASSETS"])
@@ -178,9 +198,8 @@ def faulty_assets() -> dict[Path, str]:
             faults[path] = "is missing"
             continue
         found, wanted = path.stat().st_size, int(size)
-        if wanted == 0 and found != int.from_bytes(
-            path.open("rb").read(12)[8:], "little"
-        ):  # a .glb says how long it is
+        says = int.from_bytes(path.open("rb").read(12)[8:], "little")  # a .glb says how long it is
+        if wanted == 0 and found != says:
             faults[path] = f"has {found} bytes: it is cut off"
         elif wanted not in (0, found):
             faults[path] = f"has {found} bytes instead of {size}"
@@ -188,7 +207,8 @@ def faulty_assets() -> dict[Path, str]:
 
 
 def download():
-    """Fetches what is missing, asks nothing, and can be interrupted and started again. Raises OSError."""
+    """Fetches what is missing, asks nothing, and can be interrupted and started again. Raises
+    OSError."""
     from huggingface_hub import snapshot_download
     from mani_skill.utils.assets.data import DATA_SOURCES
     from mani_skill.utils.download_asset import download as download_zip
@@ -200,23 +220,20 @@ def download():
             path.resolve().unlink()
             path.unlink(missing_ok=True)  # the Hub's cache holds links
     if any(robot not in path.parents for path in faults):
-        local = (
-            dict(local_dir=os.environ["PAIR_VLA_ASSETS"]) if "PAIR_VLA_ASSETS" in os.environ else {}
-        )
-        wanted = [
-            line.split(" ", 1)[1] for line in FILES.read_text().splitlines() if " carrot/" in line
-        ]
+        assets = os.environ.get("PAIR_VLA_ASSETS")
+        local = dict(local_dir=assets) if assets else {}
+        lines = FILES.read_text().splitlines()
+        wanted = [line.split(" ", 1)[1] for line in lines if " carrot/" in line]
         snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=wanted, **local)
     if any(robot in path.parents for path in faults):
-        download_zip(
-            replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent),
-            non_interactive=True,
-        )
+        source = replace(DATA_SOURCES["widowx250s"], output_dir=robot.parent.parent)
+        download_zip(source, non_interactive=True)
 
 
-# ------------------------------------------------------------------------------------------------------ scripted oracle
+# ------------------------------------------------------------ scripted oracle
 def oracle(env) -> np.ndarray:
-    """One action (7,) float32 from privileged state; the phases of sft.oracle, with a hand that must be kept upright.
+    """One action (7,) float32 from privileged state; the phases of builtin's, with a hand that must
+    be kept upright.
 
     Deltas are counted from the commanded pose, as the controller counts them.
     """
@@ -274,7 +291,8 @@ def axis_angle(rotation) -> tuple[np.ndarray, float]:
 
 
 def upright(yaw: float) -> np.ndarray:
-    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y axis)."""
+    """(3, 3): the WidowX's hand looks down (its x axis) and closes along the direction `yaw` (its y
+    axis)."""
     down, close = np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0])
     return np.stack([down, close, np.cross(down, close)], 1)
 
@@ -297,10 +315,12 @@ def surface(env) -> np.ndarray:
 
 
 def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
-    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of mass."""
+    """Where the hand should close and along which yaw: narrow and parallel faces near the centre of
+    mass."""
     body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
     middle = (env.target_entity.pose * body.cmass_local_pose).p[:2]
-    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar is 2.1 cm above it.
+    # The fingertips are 1.56 cm below the hand (its middle is the ee_gripper_link), the gripper bar
+    # is 2.1 cm above it.
     z = max(min((top + bottom) / 2, top - 0.004), TABLE_Z + 0.017, top - 0.019)
     slab = points[np.abs(points[:, 2] - z) < 0.0155, :2] - middle
     axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
@@ -334,3 +354,6 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
     cost[(halves.sum(-1) < 3).any(0)] = np.inf
     i, j = np.unravel_index(cost.argmin(), cost.shape)
     return np.array([*(middle + center[i, j] * close[i] + shifts[j] * side[i]), z]), now + turn[i]
+
+
+PACK = Rl4vlaPack()

@@ -1,18 +1,35 @@
-"""One contact sheet: the same six episodes in every split, and the views of a frame with their mask.
+"""One contact sheet: the same six episodes in every split, and the views of a frame with their
+mask.
 
 python envs.py --gallery docs/gallery.png
 python envs.py --gallery docs/gallery_rl4vla.png --assets rl4vla
 """
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image, ImageDraw, ImageFont
+from tyro.conf import Positional
 
-import envs
-import sft
 import views
+from envs import make_env
+from runtime import Fault, command_line
+from scenes.task import TABLE_Z
+
+
+@dataclass
+class Args:
+    file: Positional[str]
+    """PNG file to draw"""
+    assets: str = "builtin"
+    """asset pack that is drawn: builtin or rl4vla"""
+
 
 ABOUT = {
     "train": "16 tables, 16 objects,\n6 x 6 grid, 4 yaws,\none distractor",
@@ -29,7 +46,7 @@ def pictures(env) -> list:
     """Rows of (title, text, six pictures, captions or None)."""
 
     def reset(episode_id, split):
-        env.reset(seed=0, options=dict(episode_ids=[episode_id], split=split))
+        env.reset(seed=0, options=dict(episodes=[env.sample(episode_id, split)]))
         return env.picture()[0].copy()
 
     def look():
@@ -37,74 +54,61 @@ def pictures(env) -> list:
         return rgb.copy(), env.foreground(bodies)
 
     def composite(rgb, mask, empty):
-        return views.task_preserving(
-            *(torch.from_numpy(x) for x in (rgb[None], mask[None], empty))
-        )[0].numpy()
+        tensors = (torch.from_numpy(x) for x in (rgb[None], mask[None], empty))
+        return views.task_preserving(*tensors)[0].numpy()
+
+    def drawn(view, seed):
+        return view(env, [np.random.default_rng(seed)]).copy()
 
     rows = [(name, text, [reset(i, name) for i in range(6)], None) for name, text in ABOUT.items()]
     rows[0] = (*rows[0][:3], [f"episode {i}" for i in range(6)])
-    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty", "o_pre = M o + (1 - M) b",
+    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty",
+                "o_pre = M o + (1 - M) b",
                 "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
+    still = "task-preserving (Eq. 5)\nand task-altering view\nof a training frame"
+    lifted = "the same with the target\nin the gripper: physics\ndoes not notice"
     for text, episode_id, lift, background, seeds in (
-        (
-            "task-preserving (Eq. 5)\nand task-altering view\nof a training frame",
-            2,
-            False,
-            5,
-            (3, 1),
-        ),
-        ("the same with the target\nin the gripper: physics\ndoes not notice", 4, True, 9, (3, 2)),
+        (still, 2, False, 5, (3, 1)),
+        (lifted, 4, True, 9, (3, 2)),
     ):
         reset(episode_id, "train")
-        while lift and not (env.grasped and env.target_entity.pose.p[2] > envs.TABLE_Z + 0.045):
-            env.step(sft.oracle(env))
+        while lift and not (env.grasped and env.target_entity.pose.p[2] > TABLE_Z + 0.045):
+            env.step(env.pack.oracle(env))
             env.elapsed += 1
-            assert env.elapsed < env.pack.max_episode_steps, (
-                "the scripted oracle should have lifted the target by now"
-            )
+            assert env.elapsed < env.pack.max_episode_steps, "the oracle lifts the target"
         rgb, mask = look()
-        empty = views.render_backgrounds([env], [background])
-        alt = [views.task_altering(env, np.random.default_rng(seed)).copy() for seed in seeds]
+        empty = env.empty_tables([background])
+        alt = [drawn(views.task_altering, seed) for seed in seeds]
         shown = np.uint8(255 * np.dstack([mask] * 3))
-        rows.append(
-            ("the pair", text, [rgb, shown, empty[0], composite(rgb, mask, empty), *alt], captions)
-        )
+        row = [rgb, shown, empty[0], composite(rgb, mask, empty), *alt]
+        rows.append(("the pair", text, row, captions))
 
     reset(11, "clutter-8")
     rgb, mask = look()
-    table = int(np.random.default_rng(3).integers(16))
-    pre = composite(rgb, mask, views.render_backgrounds([env], [table]))
-    drawn = views.rerendered(env, np.random.default_rng(3)).copy()
-    difference = np.uint8(np.minimum(255, 3 * np.abs(pre.astype(int) - drawn)))
-    turned = [reset(2, "camera+-15:15"), views.other_camera(env, np.random.default_rng(0)).copy()]
-    rows.append(
-        (
-            "o_pre, 3 ways",
-            "a composite has bites\nwhere a distractor stood\nin front; a re-render\nhas not",
-            [rgb, pre, drawn, difference, *turned],
-            [
-                "o",
-                "--pre-view composite",
-                "--pre-view rerender",
-                "their difference x 3",
-                "o",
-                "--pre-view camera",
-            ],
-        )
-    )
+    table = int(np.random.default_rng(3).integers(env.pack.train_tables))
+    pre = composite(rgb, mask, env.empty_tables([table]))
+    again = drawn(views.rerendered, 3)
+    difference = np.uint8(np.minimum(255, 3 * np.abs(pre.astype(int) - again)))
+    turned = [reset(2, "camera+-15:15"), drawn(views.other_camera, 0)]
+    text = "a composite has bites\nwhere a distractor stood\nin front; a re-render\nhas not"
+    row = [rgb, pre, again, difference, *turned]
+    captions = ["o", "--pre-view composite", "--pre-view rerender", "their difference x 3", "o",
+                "--pre-view camera"]  # fmt: skip
+    rows.append(("o_pre, 3 ways", text, row, captions))
     return rows
 
 
 def draw_sheet(file: str, assets: str, tile: int = 224):
-    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be written."""
+    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be
+    written."""
     if not file.endswith(".png"):
-        raise envs.Fault(f"{file}: the name must end in .png")
+        raise Fault(f"{file}: the name must end in .png")
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         open(file, "ab").close()
     except OSError as error:
-        raise envs.Fault(f"cannot write {file}: {error.strerror}")
-    rows = pictures(envs.make_env(assets, tile))
+        raise Fault(f"cannot write {file}: {error.strerror}")
+    rows = pictures(make_env(assets, tile))
     left, gap, head = 200, 4, 22
     bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
     sheet = Image.new("RGB", (left + 6 * (tile + gap), gap + sum(bottom)), "white")
@@ -123,3 +127,8 @@ def draw_sheet(file: str, assets: str, tile: int = 224):
     palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
     sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
     print(f"{file}: {sheet.width} x {sheet.height} pixels")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    command_line(lambda: draw_sheet(args.file, args.assets))

@@ -1,0 +1,406 @@
+"""OpenVLA's network: two ViT towers (DINOv2, SigLIP) -> projector -> Llama, and RL4VLA's value
+head.
+
+Parameter names are the official checkpoint's. What differs between the small presets and the 7B
+model is in config.json, which is read as data. The head that makes actions of it is
+policies.TokenPolicy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from backbones.files import save_policy
+from backbones.layers import (
+    STEP_BOUNDS,
+    forward_layer,
+    grey_levels,
+    grid_waves,
+    keep_variance,
+    patch_embedding,
+)
+from backbones.lora import inject_lora
+from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
+from runtime import Fault, read_json
+
+# Its last space is Llama's token 29871
+PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
+LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
+    "proj", "qkv", "fc1", "fc2", "fc3", "q", "kv", "q_proj", "k_proj", "v_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj", "lm_head",
+]  # fmt: skip
+
+# Both towers' sizes are implied by their timm ids in the official config.json (image size and stats
+# aside).
+TIMM = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": {
+        "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0,
+        "patch_size": 14, "class_token": True, "reg_tokens": 4, "layer_scale": True,
+    },
+    "vit_so400m_patch14_siglip_224": {
+        "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362,
+        "patch_size": 14, "class_token": False, "reg_tokens": 0, "layer_scale": False,
+    },
+}  # fmt: skip
+MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet's), 3-5 SigLIP
+STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
+
+OPENVLA_TINY = {
+    "model_type": "openvla",
+    "timm_model_ids": list(TIMM),
+    "image_sizes": [96, 96],
+    "n_action_bins": 256,
+    "pad_to_multiple_of": 64,
+    "pad_token_id": 0,
+    "text_config": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
+        "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, in the 7B's order
+        "initializer_range": 0.05,
+    },
+    "norm_stats": {"builtin": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
+    # Everything below is not an official field. A patch embedding does not learn to see in minutes;
+    # a conv stem does.
+    "_tiny_timm_kwargs": [
+        {"embed_dim": 128, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16,
+         "stem": [24, 48, 96], "class_token": False, "reg_tokens": 0, "layer_scale": False},
+        {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0, "patch_size": 16},
+    ],
+    "_word_vocab": WORD_VOCAB,
+    "_prompt": WORD_PROMPT,
+    "_cloning": {"sigma": [2.0] * 7, "answer_sigma": 3.0, "jitter": 4.0},  # bins: see sft_loss
+}  # fmt: skip
+OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in two dimensions
+    "image_sizes": [32, 32], "n_action_bins": 32, "pad_to_multiple_of": 32,
+    "text_config": OPENVLA_TINY["text_config"] | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96,
+    },
+    "norm_stats": {"flat": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
+    "_tiny_timm_kwargs": [
+        {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 8,
+         "stem": [24, 48], "class_token": False, "reg_tokens": 0, "layer_scale": False},
+        {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 8},
+    ],
+    "_backbone": "openvla-flat",
+    "_word_vocab": FLAT_VOCAB,
+    "_cloning": {"sigma": [0.5] * 2 + [0.0] * 5, "answer_sigma": 0.7, "jitter": 1.0},
+}  # fmt: skip
+
+
+class ViT(nn.Module):
+    """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, no final norm, as
+    OpenVLA takes it.
+
+    timm's parameter names, which are the checkpoint's. The last block, the final norm and SigLIP's
+    attention pool are dead weights in OpenVLA and are not built. `stem` (output channels) swaps the
+    patch embedding for strided convs.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        embed_dim,
+        depth,
+        num_heads,
+        patch_size,
+        class_token,
+        reg_tokens,
+        layer_scale,
+        mlp_ratio=4.0,
+        stem=None,
+    ):
+        super().__init__()
+        self.num_heads, self.num_patches = num_heads, (image_size // patch_size) ** 2
+        patches = patch_embedding(patch_size, embed_dim, stem)
+        convs, proj = (patches[:-1], patches[-1]) if stem else (nn.Identity(), patches)
+        self.patch_embed = nn.ModuleDict({"stem": convs, "proj": proj})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
+        hidden = int(embed_dim * mlp_ratio)
+        blocks = (Block(embed_dim, hidden, layer_scale) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x, recompute=False):
+        x = x.contiguous(
+            memory_format=torch.channels_last
+        )  # a slice, which convolutions would copy
+        x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)
+        x = x + self.pos_embed  # (B, n, D); timm has folded the cls position into cls_token
+        extra = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*(t.expand(len(x), -1, -1) for t in extra), x], 1) if extra else x
+        for block in self.blocks:
+            x = forward_layer(block, x, recompute, num_heads=self.num_heads)
+        return x[:, -self.num_patches :]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. GELU is exact in both towers (transformers' SigLIP defaults to
+    tanh)."""
+
+    def __init__(self, dim, hidden, layer_scale):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        scales = (torch.ones(dim), torch.ones(dim)) if layer_scale else ()
+        scales = [nn.ParameterDict({"scale_factor": nn.Parameter(scale)}) for scale in scales]
+        self.ls1, self.ls2 = scales or (None, None)
+
+    def forward(self, x, num_heads):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (y if self.ls1 is None else y * self.ls1["scale_factor"])
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + (y if self.ls2 is None else y * self.ls2["scale_factor"])
+
+
+class KVCache:
+    """Keys and values at fixed addresses: (layers, B, heads, length, head_dim). What is not yet
+    written is masked."""
+
+    def __init__(self, config, batch, length, like):
+        heads, dim = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, batch, heads, length, dim)
+        self.k, self.v, self.start = like.new_zeros(shape), like.new_zeros(shape), 0
+
+    def update(self, k, v, layer_idx):  # called by LlamaAttention
+        self.k[layer_idx, :, :, self.start : self.start + k.shape[2]] = k
+        self.v[layer_idx, :, :, self.start : self.start + k.shape[2]] = v
+        return self.k[layer_idx], self.v[layer_idx]
+
+
+class OpenVLANetwork(nn.Module):
+    """Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
+
+    # What load_policy and merge need to know of a network
+    small_configs = {"openvla-tiny": OPENVLA_TINY, "openvla-flat": OPENVLA_FLAT}  # start random
+    settings = {}  # flags that change the config: {flag: field}
+    config_needs_weights = False  # config.json says what a checkpoint is
+    needs_norm_stats = True
+    tokenizer_class = LlamaTokenizer
+    lora_targets = LORA_TARGETS
+    saves_config = False  # beside an adapter
+
+    gradient_checkpointing = False
+    detach_value = False  # True: the critic reads the trunk but does not train it
+    save = save_policy
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.name, self.commit, self.directory = "openvla", None, None  # where it comes from
+        # 1e-6 is the official port's, not Meta's 1e-5
+        text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})
+        self.image_size = config["image_sizes"][0]
+        towers = [TIMM[name] for name in config["timm_model_ids"]]
+        if "_tiny_timm_kwargs" in config:
+            towers = [tower | own for tower, own in zip(towers, config["_tiny_timm_kwargs"])]
+        dino, siglip = [ViT(size, **tower) for size, tower in zip(config["image_sizes"], towers)]
+        self.vision_backbone = nn.ModuleDict({"featurizer": dino, "fused_featurizer": siglip})
+        fused = sum(tower["embed_dim"] for tower in towers)
+        sizes = [fused, 4 * fused, text.hidden_size, text.hidden_size]
+        layers = {f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)}
+        self.projector = nn.ModuleDict(layers)
+        self.language_model = LlamaForCausalLM(text)
+        self.value_head = nn.ModuleDict({
+            "head_l1": nn.Linear(text.hidden_size, 512),
+            "head_l2": nn.Linear(512, 128),
+            "head_l3": nn.Linear(128, 1, bias=False),
+        })  # fmt: skip
+        # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is
+        # a SMALLER value.
+        self.action_end = text.vocab_size - config["pad_to_multiple_of"]
+        self.action_begin = self.action_end - config["n_action_bins"]
+        self.tokenizer, self.tokenizer_file, self.prompt_ids = None, None, {}
+        self.lora_config = None
+
+    @property
+    def device(self):
+        return self.value_head["head_l3"].weight.device
+
+    @property
+    def dtype(self):
+        return self.language_model.model.norm.weight.dtype
+
+    # -------------------------------------------------------------------- loading
+    @classmethod
+    def read_config(cls, backbone, directory, adapter, settings):
+        """config.json of a checkpoint, or the small preset. Refuses another backbone's."""
+        if directory is None:
+            return copy.deepcopy(cls.small_configs[backbone])
+        file = directory / "config.json"
+        config = read_json(file)
+        kind = config.get("model_type", config.get("type")) or "a model that it does not name"
+        if kind == "openvla" and "_word_vocab" in config:
+            kind = config.get("_backbone", "openvla-tiny")
+        if kind != backbone:
+            raise Fault(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}")
+        fields = (
+            "text_config",
+            "image_sizes",
+            "timm_model_ids",
+            "n_action_bins",
+            "pad_to_multiple_of",
+        )
+        missing = set(fields) - config.keys()
+        if missing:
+            raise Fault(f"{file} lacks {', '.join(sorted(missing))}; it is not OpenVLA's")
+        return config
+
+    @staticmethod
+    def rename(key):
+        """The name here of a checkpoint's tensor: the official one; of RLinf's value head, the same
+        MLP, RL4VLA's."""
+        found = re.match(r"value_head\.mlp\.([024])\.", key)
+        return f"value_head.head_l{int(found[1]) // 2 + 1}.{key[found.end() :]}" if found else key
+
+    def is_unused(self, key):
+        """Official tensors that OpenVLA never uses: each tower's last block and final norm,
+        SigLIP's attention pool."""
+        for name, tower in self.vision_backbone.items():
+            unused = (f"blocks.{len(tower.blocks)}.", "norm.", "attn_pool.")
+            if key.startswith(tuple(f"vision_backbone.{name}.{part}" for part in unused)):
+                return True
+        return False
+
+    def keeps_float32(self, key):
+        return key.startswith("value_head.")
+
+    def in_adapter(self, key):
+        """What training changes where there are adapters."""
+        return ".lora_" in key
+
+    def init_buffers(self, device):
+        """Llama's rotary frequencies are computed, not stored. bfloat16 ones would be off by up to
+        0.35 rad."""
+        llama = self.language_model.model
+        llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
+
+    def init_value_head(self):
+        """N(0, 0.02), zero bias: what RL4VLA's value head effectively starts from."""
+        for name, p in self.value_head.named_parameters():
+            nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
+
+    def init_from_scratch(self):
+        """What pretraining has done for the 7B model: the image reaches Llama, and neighbouring
+        bins are neighbours.
+
+        torch's default init shrinks a signal from layer to layer: of the patch tokens only 1.5 %
+        would depend on the image. Position embeddings start as waves over the grid; action tokens
+        as random waves over the bin's value, so that a bin which no demonstration has used is not
+        plain noise.
+        """
+        keep_variance([*self.vision_backbone.modules(), *self.projector.modules()])
+        for tower in self.vision_backbone.values():
+            tower.pos_embed.data = grid_waves(*tower.pos_embed.shape[1:])[None]
+        llama = self.language_model
+        for (
+            layer
+        ) in llama.model.layers:  # attention starts by content: a word looks at patches like it
+            nn.init.normal_(layer.self_attn.q_proj.weight, std=0.07)
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+        bins = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
+        std = llama.config.initializer_range
+        for table in (llama.model.embed_tokens.weight, llama.lm_head.weight):
+            frequency, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
+            waves = torch.cos(bins * frequency + phase) * std * 2**0.5
+            table.data[self.action_begin : self.action_end] = waves
+
+    def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
+        """Float32 adapters on every linear layer; only they and the value head train. alpha None:
+        alpha = rank."""
+        self.lora_config = lora_config or LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or self.lora_targets),
+            init_lora_weights="gaussian",
+        )  # fmt: skip
+        inject_lora(self, self.lora_config)
+        self.value_head.requires_grad_(True)
+
+    # -------------------------------------------------------------------- inputs
+    def preprocess(self, images_uint8):
+        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32. Aspect ratio is not kept, nothing is cropped
+        ("resize-naive")."""
+        x = grey_levels(images_uint8, self.device)
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+            x = x.clamp(0, 255).round()  # back to grey levels, as the uint8 route of RLinf does
+        x = (x / 255).repeat(1, 2, 1, 1)
+        return x.sub_(x.new_tensor(MEAN)[:, None, None]).div_(x.new_tensor(STD)[:, None, None])
+
+    def tokenize(self, instructions, prompt=None):
+        """List of B str -> input_ids, attention_mask (B, T): padded on the left, then BOS moved to
+        column 0.
+
+        The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
+        """
+        if self.tokenizer is None:
+            raise Fault(
+                f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file"
+            )
+        prompt = prompt or self.config.get("_prompt", PROMPT)
+        for key in {(prompt, text) for text in instructions} - self.prompt_ids.keys():
+            self.prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
+        rows = [self.prompt_ids[prompt, text] for text in instructions]
+        length, pad = max(map(len, rows)), self.config["pad_token_id"]
+        ids, mask = [], []
+        for bos, *words in rows:
+            pads = length - 1 - len(words)
+            ids.append([bos] + [pad] * pads + words)
+            mask.append([1] + [0] * pads + [1] * len(words))
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    # ------------------------------------------------------- from pixels and words to hidden states
+    def embed(self, pixel_values, input_ids):
+        """[BOS][patches][rest of the prompt] -> embeddings (B, L, H)."""
+        pixels, towers = pixel_values.to(self.dtype), self.vision_backbone
+        dino = towers["featurizer"](pixels[:, :3], self.gradient_checkpointing)
+        siglip = towers["fused_featurizer"](pixels[:, 3:], self.gradient_checkpointing)
+        x = torch.cat([dino, siglip], -1)  # (B, n, Dd + Ds)
+        x = self.projector["fc3"](F.gelu(self.projector["fc2"](F.gelu(self.projector["fc1"](x)))))
+        text = self.language_model.model.embed_tokens(input_ids)
+        return torch.cat([text[:, :1], x, text[:, 1:]], 1)
+
+    def attention_layout(self, attention_mask, num_patches):
+        """What each of L + 6 positions may see, (B, 1, L+6, L+6) bool, and its rotary position
+        (pads do not count)."""
+        more = attention_mask.new_ones(len(attention_mask), num_patches + 6)
+        patches, actions = more.split([num_patches, 6], 1)
+        valid = [attention_mask[:, :1], patches, attention_mask[:, 1:], actions]
+        valid = torch.cat(valid, 1)  # (B, L + 6)
+        causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device)
+        return causal.tril() & valid.bool()[:, None, None, :], valid.cumsum(1) - 1
+
+    def llama(self, x, mask, positions, cache=None):
+        """Llama's own layers on embeddings (B, Q, H), without its mask-guessing wrapper; after the
+        final norm."""
+        llama = self.language_model.model
+        inputs = {"attention_mask": mask, "position_embeddings": llama.rotary_emb(x, positions)}
+        for layer in llama.layers:
+            x = forward_layer(
+                layer, x, self.gradient_checkpointing, past_key_values=cache, **inputs
+            )
+        return llama.norm(x)
+
+    def value(self, hidden):
+        """(B, H) at the last prompt token, before any action token -> (B,) float32."""
+        x, head = hidden.float(), self.value_head
+        return head["head_l3"](F.gelu(head["head_l2"](F.gelu(head["head_l1"](x))))).squeeze(-1)
+
+    # ---------------------------------------------------------- what sft.py teaches besides actions
+    def vision_parts(self):
+        """The modules whose outputs are the patch features (B, n, D): of each tower; last, as Llama
+        gets them."""
+        return [*self.vision_backbone.values(), self.projector["fc3"]]
+
+    def word_embeddings(self):
+        """(vocabulary, H)."""
+        return self.language_model.model.embed_tokens.weight

@@ -1,0 +1,317 @@
+"""Flatland: the task of the paper in 32 x 32 pixels, drawn by numpy. It needs no simulator, no GPU and no files.
+
+A hand moves over a table, picks up the target that the instruction names, and carries it to the plate. The hand grasps
+what it touches, and it grasps nothing but the target; the plate takes the target from the hand. Splits, the mask M, both
+views and the reward are those of the simulator's worlds (Appendix B), so every file of the method runs on it unchanged.
+
+All environments are drawn at once. A pixel is a uint32: three bytes of colour, and a fourth that is 255 on the hand, the
+target and the plate. That fourth byte is M.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from runtime import Fault
+
+SIZE, PAD = 32, 4  # pixels along a side; a margin, so that nothing leaves the picture
+MOVE = 12.0  # pixels along each axis that the largest action moves the hand
+METRES = 0.06  # what the simulator calls that action
+TOUCH = 2.5  # pixels along each axis: nearer than this, two things touch
+GAP = 7  # pixels along one axis between any two things at the start, where there is room
+START = (2, 16)  # row and column of the hand
+
+COLOURS = dict(
+    red=(220, 30, 30),
+    green=(30, 170, 40),
+    blue=(40, 60, 230),
+    yellow=(235, 220, 40),
+    purple=(150, 40, 190),
+)
+ROW, COLUMN = np.mgrid[-3:4, -3:4]
+SHAPES = dict(
+    cube=(abs(ROW) <= 2) & (abs(COLUMN) <= 2),
+    ball=ROW**2 + COLUMN**2 <= 7,
+    cross=(abs(ROW) + abs(COLUMN) <= 3)
+    & ((abs(ROW) < 1) | (abs(COLUMN) < 1) | (abs(ROW) + abs(COLUMN) < 3)),
+    l=((abs(COLUMN + 1.5) < 1) | (abs(ROW - 1.5) < 1)) & (abs(ROW) <= 2) & (abs(COLUMN) <= 2),
+    bar=(abs(ROW) <= 1) & (abs(COLUMN) <= 3),
+)
+PLATE = ROW**2 + COLUMN**2 <= 10
+HAND = (ROW == -3) | (abs(COLUMN) == 3)  # from above: two fingers and the palm
+
+
+def pixels(rgb, foreground) -> np.ndarray:
+    """(..., 3) colours -> (...) uint32 pixels."""
+    rgb = np.asarray(rgb, np.uint8)
+    alpha = np.full((*rgb.shape[:-1], 1), 255 * foreground, np.uint8)
+    return np.concatenate([rgb, alpha], -1).view(np.uint32)[..., 0]
+
+
+def texture(i: int) -> np.ndarray:
+    """Table top i, (SIZE, SIZE, 3) uint8: waves, squares, rings or patches of two colours."""
+    rng = np.random.default_rng([11, i])
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    colours = rng.integers(30, 226, (2, 3))
+    a, b, phase, u, v = (
+        rng.uniform(1, 4),
+        rng.uniform(1, 4),
+        rng.uniform(0, 6),
+        rng.uniform(),
+        rng.uniform(),
+    )
+    weight = (
+        lambda: (np.sin(2 * np.pi * (a * x + b * y) + phase) + 1) / 2,
+        lambda: (np.floor(x * (a + 3)) + np.floor(y * (b + 3))) % 2,
+        lambda: (np.sin(2 * np.pi * (a + 1) * np.hypot(x - u, y - v)) + 1) / 2,
+        lambda: np.kron(rng.uniform(size=(8, 8)), np.ones((SIZE // 8, SIZE // 8))),
+    )[i % 4]()[..., None]
+    return (colours[0] * (1 - weight) + colours[1] * weight).astype(np.uint8)
+
+
+def light_gains() -> np.ndarray:
+    """(21, SIZE, SIZE, 3): what multiplies the colours. 0: training; 1-20 held out: 5 directions x (dim, bright, warm, cold)."""
+    y, x = (np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2) / SIZE
+    gains = [np.ones((SIZE, SIZE, 3))]
+    for along_y, along_x in ((1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)):
+        slope = 1 + 0.6 * (along_y * y + along_x * x)
+        for colour in ((0.55, 0.55, 0.55), (1.4, 1.4, 1.4), (1.2, 0.95, 0.65), (0.65, 0.95, 1.2)):
+            gains.append(slope[..., None] * colour)
+    return np.float32(gains)
+
+
+class FlatPack:
+    """What there is. The first TRAIN_... of each are for training, the rest is held out."""
+
+    name, image_size, max_episode_steps = "flat", SIZE, 6
+    kinds = list(
+        map(tuple, np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS]))
+    )
+    names = [" ".join(kind) for kind in kinds]
+    train_objects, train_tables, train_lights = 16, 16, 1
+    textures = np.stack([texture(i) for i in range(21)])
+    lights = light_gains()
+
+    def fault(self):
+        """Nothing can be missing."""
+        return None
+
+
+PACK = FlatPack()
+TABLES = np.pad(
+    pixels(PACK.textures, False), ((0, 0), (PAD, PAD), (PAD, PAD))
+)  # (21, SIZE + 2 PAD, SIZE + 2 PAD)
+SPRITES = np.stack([SHAPES[shape] for _, shape in PACK.kinds])  # (25, 7, 7) bool
+PAINT = np.array([COLOURS[colour] for colour, _ in PACK.kinds])  # (25, 3)
+WHITE, BLACK = pixels((245, 245, 245), True), pixels((20, 20, 20), True)
+WIDE = np.stack(np.meshgrid(*[np.arange(3, SIZE - 3)] * 2, indexing="ij"), -1).reshape(
+    -1, 2
+)  # (676, 2) where things may lie
+SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(
+    1
+)  # in training; the rest is the ring of the split `pose`
+
+
+def chance(*key) -> np.ndarray:
+    """Uniform in [0, 1): a pure function of integers >= 0 or arrays of them, which broadcast (splitmix64)."""
+    x = np.zeros(1, np.uint64)
+    for k in key:
+        x = x + np.asarray(k).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
+    """N episodes, each a pure function of its id and its envs.Split. Every factor has random numbers of its own, so an id
+    has the same target, plate, table draw and light draw in every split.
+
+    -> objects (N, 1 + K) indices, the target first, -1 where there is none; at (N, 2 + K, 2) row and column of the plate and
+    of the objects; table, light (N,).
+    """
+    ids, i = np.asarray(episode_ids, np.int64)[:, None], np.arange(len(episode_ids))
+    count = np.array([s.distractors for s in splits])
+    target = (chance(ids, 0) * PACK.train_objects).astype(int)  # (N, 1)
+    others = chance(ids, 1, np.arange(PACK.train_objects)) + (
+        np.arange(PACK.train_objects) == target
+    )
+    others, strange = (
+        others.argsort(1),
+        PACK.train_objects + chance(ids, 2, np.arange(25 - PACK.train_objects)).argsort(1),
+    )
+    k = np.arange(max(count, default=0))  # which distractor
+    known = (count - count // 2 * np.array([s.held_out_objects for s in splits]))[
+        :, None
+    ]  # how many are of training
+    kinds = np.where(
+        k < known, others[:, : len(k)], np.take_along_axis(strange, np.maximum(k - known, 0), 1)
+    )
+    kinds = np.where(k < count[:, None], kinds, -1)
+
+    # Each thing takes the point that is farthest from the others, up to GAP; among those one of the square, then any.
+    ring = np.array([s.held_out_poses for s in splits])[:, None]
+    at, nearest = (
+        [],
+        np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1)),
+    )  # (N, 676)
+    for thing in range(2 + len(k)):  # plate, target, distractors
+        wanted = (SQUARE ^ ring if thing == 1 else SQUARE) * (100.0 if thing < 3 else 0.5)
+        point = WIDE[
+            (nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2).argmax(1)
+        ]
+        at.append(point)
+        nearest = np.minimum(nearest, abs(WIDE - point[:, None]).max(2))
+    table = np.where(
+        [s.held_out_tables for s in splits],
+        16 + chance(ids, 20)[:, 0] * 5,
+        chance(ids, 21)[:, 0] * 16,
+    )
+    light = np.where([s.held_out_lights for s in splits], 1 + chance(ids, 22)[:, 0] * 20, 0)
+    return dict(
+        objects=np.concatenate([target, kinds], 1),
+        at=np.stack(at, 1),
+        table=table.astype(int),
+        light=light.astype(int),
+    )
+
+
+def stamp(canvas, where, sprites, colour):
+    """Draw sprites (N, 7, 7) or (7, 7) bool around where (N, 2) in colour (N,) or () uint32."""
+    n, row, column = np.nonzero(np.broadcast_to(sprites, (len(canvas), 7, 7)))
+    corner = np.rint(where).astype(int) + PAD - 3
+    canvas[n, corner[n, 0] + row, corner[n, 1] + column] = np.broadcast_to(colour, len(canvas))[n]
+
+
+class FlatEnvs:
+    """N environments, all at the same step of their episodes. Same interface as the simulator's (scenes/workers.py).
+
+    parse_split: name -> envs.Split. views: which of rgb_alt (the target elsewhere) and rgb_pre (another table of training,
+    no distractors) are drawn besides.
+    """
+
+    num_workers, image_size, max_episode_steps = 1, PACK.image_size, PACK.max_episode_steps
+    alter_sigma = 6.0  # pixels: what Eq. (3) moves the target by
+
+    def __init__(self, num_envs: int, parse_split, views=()):
+        self.num_envs, self.parse_split, self.views = num_envs, parse_split, views
+        self.instructions, self.view_seconds = [], 0.0
+
+    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
+        """Start one episode per environment. split: one name for all, or N names. rebuild: nothing to."""
+        splits = [split] * self.num_envs if isinstance(split, str) else list(split)
+        assert len(episode_ids) == len(splits) == self.num_envs
+        known = {name: self.parse_split(name) for name in set(splits)}
+        if any(s.cameras != (0.0,) for s in known.values()):
+            raise Fault("--assets flat has no camera that turns: leave --pre-view camera and camera splits out")
+        episode = sample_episodes(episode_ids, [known[name] for name in splits])
+        self.ids, self.alter_seed, self.elapsed = np.asarray(episode_ids, np.int64), alter_seed, 0
+        self.target, self.table, self.light = (
+            episode["objects"][:, 0],
+            episode["table"],
+            episode["light"],
+        )
+        self.instructions = [f"put {PACK.names[i]} on plate" for i in self.target]
+        self.plate, self.at = episode["at"][:, 0].astype(float), episode["at"][:, 1].astype(float)
+        self.hand = np.tile(np.float64(START), (self.num_envs, 1))
+        self.held, self.success = np.zeros((2, self.num_envs), bool)
+        self.streak, self.best_streak = np.zeros((2, self.num_envs), int)
+        self.paid = np.zeros(self.num_envs)
+        self.still = TABLES[self.table]  # what does not move in an episode is drawn once
+        stamp(self.still, self.plate, PLATE, WHITE)
+        for kind, where in zip(episode["objects"].T[1:], episode["at"].swapaxes(0, 1)[2:]):
+            stamp(
+                self.still,
+                where,
+                SPRITES[kind] & (kind >= 0)[:, None, None],
+                pixels(PAINT[kind], False),
+            )
+        return self.look()
+
+    def step(self, actions: torch.Tensor):
+        """Carry out a chunk of actions (N, chunk, 7), of which the first two count: along rows and columns, METRES at most."""
+        actions = actions[:, : self.max_episode_steps - self.elapsed].cpu().double().numpy()
+        for action in actions.swapaxes(0, 1):
+            self.hand = np.clip(self.hand + action[:, :2] * (MOVE / METRES), 0, SIZE - 1)
+            self.held |= ~self.success & (abs(self.hand - self.at).max(1) <= TOUCH)
+            self.at = np.where(self.held[:, None], self.hand, self.at)
+            self.streak = np.where(self.held, self.streak + 1, 0)
+            self.best_streak = np.maximum(self.best_streak, self.streak)
+            self.success |= self.held & (abs(self.at - self.plate).max(1) <= TOUCH)
+            self.held &= ~self.success
+        self.elapsed += actions.shape[1]
+        # Appendix B: R_t = 0.1 ever grasped + 0.1 grasped for two steps on end + 1.0 success, paid as R_t - R_{t-1}
+        total = 0.1 * (self.best_streak >= 1) + 0.1 * (self.best_streak >= 2) + 1.0 * self.success
+        reward, self.paid = torch.from_numpy(total - self.paid).float(), total
+        info = dict(success=self.success, success_once=self.success, grasped=self.best_streak >= 1)
+        info = {name: torch.from_numpy(value.copy()) for name, value in info.items()}
+        info["episode_return"] = torch.from_numpy(total).float()
+        return (
+            self.look(),
+            reward,
+            torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps),
+            info,
+        )
+
+    def look(self) -> dict:
+        rgb, mask = self.draw(self.still.copy(), self.at)
+        state = np.zeros((self.num_envs, 8), np.float32)
+        state[:, :2], state[:, 2] = self.hand / SIZE, self.held
+        obs, begin = dict(rgb=rgb, mask=mask, state=state), time.perf_counter()
+        if "rgb_alt" in self.views:
+            u, angle = chance(
+                self.alter_seed, self.ids, self.elapsed, [[0], [1]]
+            )  # Box and Muller: two normal numbers
+            away = (
+                self.alter_sigma
+                * np.sqrt(-2 * np.log1p(-u))
+                * [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
+            )
+            obs["rgb_alt"] = self.draw(self.still.copy(), np.clip(self.at + away.T, 3, SIZE - 4))[0]
+        if "rgb_pre" in self.views:
+            bare = TABLES[
+                (chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables).astype(int)
+            ]
+            stamp(bare, self.plate, PLATE, WHITE)
+            obs["rgb_pre"] = self.draw(bare, self.at)[0]
+        self.view_seconds += time.perf_counter() - begin
+        return {name: torch.from_numpy(value) for name, value in obs.items()}
+
+    def draw(self, canvas, at):
+        """Target at `at` and hand on what is there -> (N, SIZE, SIZE, 3) uint8, M (N, SIZE, SIZE) bool."""
+        stamp(canvas, at, SPRITES[self.target], pixels(PAINT[self.target], True))
+        stamp(canvas, self.hand, HAND, BLACK)
+        canvas = (
+            np.ascontiguousarray(canvas[:, PAD:-PAD, PAD:-PAD])
+            .view(np.uint8)
+            .reshape(-1, SIZE, SIZE, 4)
+        )
+        rgb, mask = np.ascontiguousarray(canvas[..., :3]), canvas[..., 3] > 0
+        if self.light.any():
+            rgb = (rgb * PACK.lights[self.light]).clip(0, 255).astype(np.uint8)
+        return rgb, mask
+
+    def backgrounds(self, tables=None) -> torch.Tensor:
+        """(K, SIZE, SIZE, 3) uint8: tables (default: those of training) with nothing on them."""
+        tables = range(PACK.train_tables) if tables is None else tables
+        return torch.from_numpy(PACK.textures[list(tables)])
+
+    def oracle(self) -> torch.Tensor:
+        """Actions (N, 1, 7) from what the scene is now: to the target, and with it to the plate."""
+        goal = np.where((self.held | self.success)[:, None], self.plate, self.at)
+        actions = np.zeros((self.num_envs, 1, 7), np.float32)
+        actions[:, 0, :2] = np.clip((goal - self.hand) / MOVE, -1, 1) * METRES
+        actions[:, 0, 6] = 1.0
+        return torch.from_numpy(actions)
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass

@@ -1,0 +1,453 @@
+"""The task: "put {object} on plate" in ManiSkill3. One scene on a CPU; scenes/gpu.py has N at once
+on a GPU.
+
+The rules and the reward (`evaluate`, `reward`) and the layout of an episode are written here once
+for both: what is a number or a numpy array in one scene is a torch tensor with N rows there.
+
+A scene shows what it is told: an `Episode` of envs.py. It never renders by itself: a picture is
+taken where a policy looks, and a changed view is one more picture. Physics does not notice a view,
+to the last bit (tested).
+"""
+
+from __future__ import annotations
+
+import os
+
+# Mesa's CPU renderer draws in the calling thread: one process per core, no contention
+os.environ.setdefault("LP_NUM_THREADS", "0")
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import sapien
+import torch
+from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import sapien_utils
+from mani_skill.utils.structs.types import SimConfig
+from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
+from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial
+from transforms3d.euler import euler2quat
+
+from runtime import LOCAL_RANK
+
+TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
+COS_85 = np.cos(np.deg2rad(85))
+
+
+@dataclass(frozen=True)
+class Light:
+    """Ambient light, a key light and two fill lights (B.2). Colours are linear RGB, directions
+    point away from the light."""
+
+    ambient: tuple = (0.3, 0.3, 0.3)
+    key_direction: tuple = (0.0, 0.0, -1.0)
+    key: tuple = (2.2, 2.2, 2.2)
+    fill_directions: tuple = ((-1.0, -0.5, -1.0), (1.0, 1.0, -1.0))
+    fill: tuple = (0.7, 0.7, 0.7)
+
+
+def held_out_lights(conditions) -> list[Light]:
+    """5 key directions x conditions (ambient, key, brightness of the fills). OPEN: the paper does
+    not list its 20."""
+    lights = []
+    for x, y, z in ((1, 0, -0.6), (-1, 0, -0.6), (0, 1, -0.6), (0, -1, -0.6), (0.3, 0.3, -1)):
+        fills = ((-y - 0.3, x - 0.3, -1), (y + 0.3, 0.3 - x, -1))
+        for ambient, key, fill in conditions:
+            color = tuple(fill * c / max(key) for c in key)
+            lights.append(Light(ambient, (x, y, z), key, fills, color))
+    return lights
+
+
+def render_backend() -> str:
+    """What SAPIEN draws on: this rank's NVIDIA GPU where it can, else the CPU. Physics runs on the
+    CPU either way."""
+    for device in (f"cuda:{LOCAL_RANK}", "cuda"):  # a launcher may show each rank one GPU only
+        try:
+            if sapien.Device(device).can_render():
+                return f"sapien_{device}"
+        except RuntimeError:  # there is no such device
+            pass
+    return "sapien_cpu"
+
+
+def moved(pose: sapien.Pose, dx: float, dy: float, yaw: float) -> sapien.Pose:
+    """A body's pose, shifted by metres and turned about the vertical by radians."""
+    turn = sapien.Pose(q=euler2quat(0, 0, yaw))
+    return sapien.Pose(pose.p + [dx, dy, 0], (turn * sapien.Pose(q=pose.q)).q)
+
+
+def length(vectors):
+    """(..., 3) -> (...), of numpy or torch."""
+    return (vectors**2).sum(-1) ** 0.5
+
+
+class PutOnPlate(BaseEnv):
+    """One scene. `reset(options=dict(episodes=[an Episode]))`, `step(action (7,))`, then
+    `picture()` to look.
+
+    pack: the PACK of scenes/builtin.py or scenes/rl4vla.py. sample: (episode id, split name) ->
+    Episode, for a reset without one.
+    """
+
+    SUPPORTED_OBS_MODES = ["none"]
+    SUPPORTED_REWARD_MODES = ["none"]
+    parking_x = 2.0  # metres
+
+    def __init__(self, pack, sample, image_size: int | None = None, **simulation):
+        self.pack, self.sample = pack, sample
+        self.image_size = image_size or pack.image_size
+        simulation = dict(sim_backend="cpu", render_backend=render_backend()) | simulation
+        super().__init__(robot_uids=pack.robot_uid, **simulation)
+
+    @property
+    def _default_sim_config(self):
+        frequencies = dict(sim_freq=self.pack.sim_freq, control_freq=self.pack.control_freq)
+        return SimConfig(**frequencies, spacing=20)
+
+    @property
+    def _default_sensor_configs(self):
+        """The camera sits on a body, so that turning it is setting a pose."""
+        size = self.image_size
+        lens = dict(near=0.01, far=10, mount=self.camera_mount, shader_pack="minimal")
+        return [CameraConfig("camera", sapien.Pose(), size, size, **lens, **self.pack.lens(size))]
+
+    # ------------------------------------------------------------------------------------ scene
+    def _load_agent(self, options):
+        super()._load_agent(options, self.pack.base_pose)
+        if self.pack.robot_look:
+            for robot in self.agent.robot._objs:
+                sapien_utils.set_articulation_render_material(robot, **self.pack.robot_look)
+
+    def _load_scene(self, options):
+        def static_box(name, half_size, at, visual=None):
+            builder = self.scene.create_actor_builder()
+            builder.add_box_collision(half_size=half_size)
+            if visual is not None:
+                builder.add_box_visual(half_size=half_size, material=visual)
+            builder.initial_pose = sapien.Pose(at)
+            builder.build_static(name)
+
+        # Bodies are drawn in the order in which they are made. So the nearer come first: what they
+        # hide is not shaded.
+        builder = self.scene.create_actor_builder()
+        builder.initial_pose = sapien.Pose()
+        self.camera_mount = builder.build_kinematic("camera_mount")
+        friction = PhysxMaterial(1.0, 1.0, 0.0)
+        self.objects = []
+        for i, name in enumerate(self.pack.names):
+            builder = self.scene.create_actor_builder()
+            self.pack.build_object(i, builder, friction)
+            builder.initial_pose = self._parked(i)
+            self.objects.append(builder.build(name))
+            # PhysX has no rolling friction: without damping round objects roll off the table
+            self.objects[-1].set_angular_damping(5.0)
+        builder = self.scene.create_actor_builder()
+        self.pack.build_plate(builder, friction)
+        builder.initial_pose = sapien.Pose([0, 0, 1.2])
+        self.plate = builder.build("plate")
+        self.table_tops = []  # thin pictures of a table, of which one is visible
+        for i, material in enumerate(self.pack.table_materials):
+            builder = self.scene.create_actor_builder()
+            builder.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
+            builder.initial_pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
+            self.table_tops.append(builder.build_kinematic(f"table_top_{i}"))
+        static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
+        floor = self.pack.floor and RenderMaterial(base_color=self.pack.floor)
+        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], floor)
+
+    def _parked(self, i: int) -> sapien.Pose:
+        """On the floor, out of sight, asleep."""
+        return sapien.Pose([self.parking_x + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])
+
+    def _load_lighting(self, options):
+        light = self.pack.lights[0]
+        self.scene.set_ambient_light(list(light.ambient))
+        for direction in (light.key_direction, *light.fill_directions):
+            # No shadow: it would draw everything twice
+            self.scene.add_directional_light(list(direction), [1, 1, 1])
+
+    def _after_reconfigure(self, options):
+        parts = [part for entity in self.scene.sub_scenes[0].entities for part in entity.components]
+        self.lamps = [part for part in parts if isinstance(part, RenderDirectionalLightComponent)]
+        self.camera = self.scene.sensors["camera"].camera._render_cameras[0]
+        self.links = [link._objs[0].entity for link in self.agent.robot.get_links()]
+        fingers = (self.agent.finger1_link, self.agent.finger2_link)
+        self.fingers = [finger._objs[0].entity for finger in fingers]
+        self.tcp_entity = self.agent.tcp._objs[0].entity
+        self.plate_entity = self.plate._objs[0]
+        self.photos = self.pack.photos(self.image_size)
+        self.table_now, self.shown = None, None
+
+    def set_light(self, light: Light):
+        self.scene.sub_scenes[0].render_system.ambient_light = list(light.ambient)
+        directions = (light.key_direction, *light.fill_directions)
+        colors = (light.key, light.fill, light.fill)
+        for lamp, direction, color in zip(self.lamps, directions, colors, strict=True):
+            lamp.color = list(color)
+            turn = sapien.math.shortest_rotation([1, 0, 0], list(direction))
+            lamp.entity.pose = sapien.Pose([0, 0, 0], turn)
+
+    def camera_pose(self, degrees: float) -> sapien.Pose:
+        """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the
+        paper says "rotation"."""
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        pack, center = self.pack, np.array([*self.pack.camera_center, 0])
+        eye, at = (center + turn @ (p - center) for p in (pack.camera_eye, pack.camera_at))
+        return sapien_utils.look_at(eye, at).sp
+
+    def set_camera(self, degrees: float):
+        self.camera_mount._objs[0].pose = self.camera_pose(degrees)
+
+    def set_table(self, index: int):
+        if self.photos is None:
+            everything = range(len(self.table_tops))
+            for i in everything if self.table_now is None else (self.table_now, index):
+                entity = self.table_tops[i]._objs[0]
+                body = entity.find_component_by_type(RenderBodyComponent)
+                body.visibility = float(i == index)
+        self.table_now = index
+
+    # ------------------------------------------------------------------------------------ episode
+    @property
+    def episode(self):
+        return self.episodes[0]
+
+    @property
+    def instructions(self) -> list[str]:
+        return [f"put {self.pack.names[e.target]} on plate" for e in self.episodes]
+
+    def _initialize_episode(self, env_idx, options):
+        assert len(env_idx) == self.num_envs, "all scenes start together"
+        if "episodes" in options:
+            self.episodes = options["episodes"]
+        else:  # plain gymnasium use, reset(seed=...), and ManiSkill's own first reset
+            ids = self._batched_episode_rng.randint(2**31 - 1)
+            self.episodes = [self.sample(int(i), "train") for i in ids]
+        self._lay_out()
+        zero = 0.0 * self.target_half_z
+        self.streak, self.return_so_far, self.elapsed = zero, zero, 0
+        self.grasped = self.ever_grasped = self.ever_held = zero > 0
+        self.success = self.success_once = zero > 0
+
+    def poses_on_table(self, episode) -> dict[int, sapien.Pose]:
+        """Where an episode's objects begin: index of the object -> pose. The target is the
+        first."""
+        e, poses = episode, {}
+        distractors = zip(e.distractors, e.distractor_xy, e.distractor_yaw)
+        for i, xy, yaw in ((e.target, e.target_xy, e.target_yaw), *distractors):
+            z = self.pack.spawn_z(i, i == e.target)
+            poses[i] = sapien.Pose([*xy, z], euler2quat(0, 0, yaw))
+        return poses
+
+    def _lay_out(self):
+        """Light, camera, table and bodies of the episode, at rest."""
+        e, pack = self.episode, self.pack
+        self.set_light(pack.lights[e.light])
+        self.set_camera(e.camera_deg)
+        self.set_table(e.table)
+        in_use = self.poses_on_table(e)
+        for i, actor in enumerate(self.objects):
+            entity = actor._objs[0]
+            body = entity.find_component_by_type(PhysxRigidDynamicComponent)
+            if i in in_use:
+                entity.pose = in_use[i]
+            elif self.shown is None or i in self.shown:
+                entity.pose = self._parked(i)
+            else:
+                continue
+            body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
+            entity.find_component_by_type(RenderBodyComponent).visibility = float(i in in_use)
+        self.shown = set(in_use)
+        self.plate_entity.pose = sapien.Pose([*e.plate_xy, pack.plate_spawn_z])
+        body = self.plate_entity.find_component_by_type(PhysxRigidDynamicComponent)
+        body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
+        self._settle()
+        self.target = self.objects[e.target]
+        self.target_entity = self.target._objs[0]
+        rotation = self.target_entity.pose.to_transformation_matrix()[:3, :3]
+        self.target_half_z = self.half_height(rotation, pack.sizes[e.target])
+
+    @staticmethod
+    def half_height(rotation, size):
+        """Rotation (..., 3, 3) of a box with sides (..., 3) -> half of its height (...)."""
+        return (abs(rotation[..., 2, :]) * size).sum(-1) / 2
+
+    def _settle(self):
+        """The robot waits a metre up: until its controller is reset, after this, it still chases
+        its last targets."""
+        pack = self.pack
+        self.agent.robot.set_pose(sapien.Pose(pack.base_pose.p + [0, 0, 1.0], pack.base_pose.q))
+        self.agent.reset(init_qpos=pack.init_qpos)
+        self._run_physics()
+        self.agent.robot.set_pose(pack.base_pose)
+        self.agent.reset(init_qpos=pack.init_qpos)
+
+    def _run_physics(self):
+        def moves(i):
+            body = self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent)
+            return np.linalg.norm(body.linear_velocity) > 0.01
+
+        for _ in range(int(0.3 * self.pack.sim_freq)):
+            self.scene.step()
+        if self.pack.settles_again and any(map(moves, self.shown)):
+            for _ in range(self.pack.sim_freq):
+                self.scene.step()
+
+    # ------------------------------------------------------------------------------------ rules
+    def evaluate(self):
+        """After every step (ManiSkill calls it). A grasp is ManiSkill's: each finger presses the
+        target with 0.5 N or more, within 85 degrees of the direction in which it closes. Success is
+        RL4VLA's: the target touches the plate (> 0.03 N) and lies over it."""
+        forces, offset = self.contact_forces(), self.offset_from_plate()
+        pressure = length(forces)
+        along = (forces[..., :2, :] * self.closing_directions()).sum(-1)
+        pressed = (pressure[..., :2] >= 0.5) & (along >= COS_85 * pressure[..., :2])
+        self.grasped = pressed.all(-1)
+        self.streak = (self.streak + 1) * self.grasped
+        self.ever_grasped = self.ever_grasped | self.grasped
+        self.ever_held = self.ever_held | (self.streak >= self.pack.grasp_streak)
+        highest = self.pack.plate_size[2] / 2 + self.target_half_z + 0.05
+        self.success = (
+            (length(offset[..., :2]) <= self.pack.plate_radius + 0.01)
+            & (offset[..., 2] > 0)
+            & (offset[..., 2] <= highest)
+            & (pressure[..., 2] > 0.03)
+        )
+        self.success_once = self.success_once | self.success
+        return dict(success=torch.as_tensor(self.success).reshape(self.num_envs))
+
+    def reward(self):
+        """R_t - R_{t-1}; call once per step. Appendix B, with RL4VLA's values: R_t = 0.1 ever
+        grasped + 0.1 ever grasped for a few steps on end + 1.0 (success and ever grasped)."""
+        total = 0.1 * self.ever_grasped + 0.1 * self.ever_held
+        total = total + 1.0 * (self.success & self.ever_grasped)
+        reward, self.return_so_far = total - self.return_so_far, total
+        return reward
+
+    def contact_forces(self) -> np.ndarray:
+        """(3, 3) newtons that the two fingers and the plate exert on the target: one pass over the
+        contact list."""
+        others = [*self.fingers, self.plate_entity]
+        forces = np.zeros((3, 3))
+        for contact in self.scene.px.get_contacts():
+            first, second = contact.bodies[0].entity, contact.bodies[1].entity
+            if self.target_entity not in (first, second):
+                continue
+            other, sign = (second, 1) if first == self.target_entity else (first, -1)
+            for j, entity in enumerate(others):
+                if other == entity:
+                    forces[j] += sign * sum(point.impulse for point in contact.points)
+        return forces / self.scene.px.timestep
+
+    def closing_directions(self) -> np.ndarray:
+        """(2, 3): where each finger moves when the gripper closes."""
+        first, second = (finger.pose.to_transformation_matrix()[:3, 1] for finger in self.fingers)
+        return np.stack([-first, second])
+
+    def offset_from_plate(self) -> np.ndarray:
+        """(3,) metres from the plate to the target."""
+        return self.target_entity.pose.p - self.plate_entity.pose.p
+
+    def state(self) -> np.ndarray:
+        """(8,) float32: the arm's 7 joint angles (radians) and one finger's opening (metres)."""
+        return self.agent.robot._objs[0].qpos[:8].astype(np.float32)
+
+    # ------------------------------------------------------------------------------------ pictures
+    def picture(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W)
+        int16."""
+        self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        self.camera.take_picture()
+        rgb = self.camera.get_picture("Color")[..., :3]
+        ids = self.camera.get_picture("PositionSegmentation")[..., 3]
+        if self.photos is not None:
+            rgb = np.where(ids[..., None] == 0, self.photos[self.table_now], rgb)
+        return rgb, ids
+
+    def foreground(self, ids: np.ndarray) -> np.ndarray:
+        """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the
+        plate."""
+        keep = np.zeros(1024, bool)
+        keep[[link.per_scene_id for link in self.links]] = True
+        keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
+        return keep[ids]
+
+    # What views.py asks for. Arguments have one entry per scene, of which there is one here.
+    def target_moved(self, moves):
+        """Draw the target elsewhere. moves: [(dx, dy, yaw)]."""
+        return self.drawn_at(self.target_entity, moved(self.target_entity.pose, *moves[0]))
+
+    def without_distractors(self):
+        return self.hidden(self.objects[i]._objs[0] for i in self.episode.distractors)
+
+    @contextmanager
+    def on_tables(self, tables):
+        before = self.table_now
+        self.set_table(tables[0])
+        try:
+            yield
+        finally:
+            self.set_table(before)
+
+    @contextmanager
+    def from_cameras(self, degrees):
+        mount = self.camera_mount._objs[0]
+        before = mount.pose  # not exactly the one it was given: PhysX normalises the quaternion
+        self.set_camera(degrees[0])
+        try:
+            yield
+        finally:
+            mount.pose = before
+
+    def empty_tables(self, tables: list[int]) -> np.ndarray:
+        """(len(tables), H, W, 3) uint8: tables without robot, objects and plate, under the training
+        light and camera."""
+        bodies = [*self.links, *(actor._objs[0] for actor in self.objects), self.plate_entity]
+        self.set_light(self.pack.lights[0])
+        pictures = []
+        with self.hidden(bodies), self.from_cameras([0.0]):
+            for table in tables:
+                with self.on_tables([table]):
+                    pictures.append(self.picture()[0].copy())
+        self.set_light(self.pack.lights[self.episode.light])
+        return np.array(pictures)
+
+    @staticmethod
+    @contextmanager
+    def hidden(entities):
+        """Draw without these bodies. Physics is not touched."""
+        bodies = [entity.find_component_by_type(RenderBodyComponent) for entity in entities]
+        before = [(body, body.visibility) for body in bodies if body is not None]
+        for body, _ in before:
+            body.visibility = 0.0
+        try:
+            yield
+        finally:
+            for body, visibility in before:
+                body.visibility = visibility
+
+    @staticmethod
+    @contextmanager
+    def drawn_at(entity, pose: sapien.Pose):
+        """Draw one body at another pose, by moving its render nodes.
+
+        Setting the body's pose and setting it back is not the same thing: it drops PhysX's cached
+        contacts, and the run differs from the next step on. This way the simulator's state stays
+        bit-identical (tested).
+        """
+        relative = entity.pose.inv() * pose
+        nodes = entity.find_component_by_type(RenderBodyComponent)._internal_node.children
+        before = [(node, sapien.Pose(node.position, node.rotation)) for node in nodes]
+        for node, old in before:
+            new = relative * old
+            node.set_position(new.p)
+            node.set_rotation(new.q)
+        try:
+            yield
+        finally:
+            for node, old in before:
+                node.set_position(old.p)
+                node.set_rotation(old.q)

@@ -1,0 +1,155 @@
+"""A study in Flatland: every arm over many seeds, one table. An interrupted study goes on.
+
+    python tools/study.py --backbone openvla-flat                      # all arms, 8 seeds
+    python tools/study.py --backbone openvla-flat --arms PPO PAIR --jobs 2
+    python tools/study.py --backbone openvla-flat --table              # from the records alone
+
+A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
+results/flat/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
+compares every arm with the first by `evaluate.py`'s bootstrap over seeds and episodes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import tyro
+
+from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
+from runtime import Fault, command_line, newest_checkpoint, write_text
+from tools.tables import columns_of
+
+ARMS = {
+    "PPO": "--inv-coef 0 --sen-coef 0",
+    "+inv": "--sen-coef 0",
+    "+sen": "--inv-coef 0",
+    "PAIR": "",
+    "PPO on composites": "--inv-coef 0 --sen-coef 0 --augment 0.5",  # diversity without pairs
+    "Eq. (3) teaches o_alt": "--sen-grad alt",
+    "Eq. (3) teaches both": "--sen-grad both",
+    "target: current weights": "--inv-target-rate None",
+    "target: the rollout's": "--inv-target-rate 1",
+    "target: an average": "--inv-target-rate 0.1",
+    "target: the start": "--inv-target-rate 0",
+    "lambda_inv 1": "--inv-coef 1",
+    "lambda_inv 2": "--inv-coef 2",
+    "lambda_inv 4": "--inv-coef 4",
+}
+CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
+
+
+@dataclass
+class Args:
+    backbone: str = "openvla-flat"
+    """openvla-flat or pi05-flat"""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """which arms, by name"""
+    seeds: int = 8
+    """seeds 1 to this number"""
+    episodes: int = 256
+    """per split, in each run's final table"""
+    jobs: int = 1
+    """runs side by side, one core each"""
+    flags: str = ""
+    """more flags of ppo_pair.py, for all arms (with --name)"""
+    name: str = ""
+    """name of the records (default: the backbone's)"""
+    table: bool = False
+    """run nothing, write the table of what is there"""
+
+
+def play(args: Args, arm: str, seed: int) -> dict:
+    """One run in processes of its own -> its record."""
+    run = ROOT / "runs/study" / (args.name or args.backbone) / f"{arm}_{seed}".replace(" ", "-")
+    command = [sys.executable, "ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
+    command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", str(args.episodes)]
+    command += [*args.flags.split(), *ARMS[arm].split()]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.with_suffix(".txt"), "a") as log:
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+    if code:
+        raise Fault(f"{arm}, seed {seed} ended with {code}: see {run.with_suffix('.txt')}")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    curves = {k: [round(line.get(k, 0.0), 4) for line in lines] for k in CURVES}
+    seconds = sum(line["rollout_seconds"] + line["update_seconds"] for line in lines)
+    bits = {}
+    for record in read_records(newest_checkpoint(run)):
+        for metric in METRICS:
+            bits.setdefault(metric, {}).setdefault(record["split"], []).append(record[metric])
+    packed = {
+        m: {s: np.packbits(b).tobytes().hex() for s, b in of.items()} for m, of in bits.items()
+    }
+    flags = f"{args.flags} {ARMS[arm]}".strip()
+    return dict(arm=arm, seed=seed, flags=flags, episodes=args.episodes, seconds=round(seconds),
+                curves=curves, **packed)  # fmt: skip
+
+
+def outcomes_of(records: list[dict]) -> Outcomes:
+    """The records side by side: (runs, episodes, splits) of each metric and arm."""
+    splits, n = list(records[0][METRICS[0]]), records[0]["episodes"]
+    success = {metric: {} for metric in METRICS}
+    for record in records:
+        for metric in METRICS:
+            rows = [np.frombuffer(bytes.fromhex(record[metric][s]), np.uint8) for s in splits]
+            bits = np.stack([np.unpackbits(row)[:n] for row in rows], 1).astype(float)  # (E, S)
+            success[metric].setdefault(record["arm"], []).append(bits)
+    success = {m: {arm: np.stack(x) for arm, x in of.items()} for m, of in success.items()}
+    everywhere = np.ones((n, len(splits)), bool)
+    return Outcomes(splits, everywhere, np.full(everywhere.shape, ""), success)
+
+
+def table_of(records: list[dict]) -> str:
+    """A row per arm: success in per cent on each kind of split, and its OOD average minus PPO's."""
+    outcomes, parts = outcomes_of(records), []
+    columns = columns_of(outcomes)
+    for metric in METRICS:
+        success = outcomes.success[metric]
+        first, a = next(iter(success.items()))
+        rows = [["arm", "seeds", *columns, f"OOD average - {first}", f"train - {first}"]]
+        for arm, x in success.items():
+            cells = [percent(rate(x, row)) for row in columns.values()]
+            changes = [percent(difference(a, x, columns[c]), "+") for c in ("OOD average", "train")]
+            rows.append([arm, str(len(x)), *cells, *(changes if arm != first else ["", ""])])
+        parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
+    return "\n".join(parts)
+
+
+def main(args: Args):
+    unknown = [arm for arm in args.arms if arm not in ARMS]
+    if unknown:
+        raise Fault(f"unknown arm {unknown[0]!r}: choose from {', '.join(ARMS)}")
+    file = ROOT / "results/flat" / f"{args.name or args.backbone}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(record["arm"], record["seed"]) for record in records}
+    wanted = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in args.arms]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def one(key):
+        record = play(args, *key)
+        records.append(record)
+        with open(file, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        print(f"{key[0]}, seed {key[1]}: {record['seconds']} s", flush=True)
+
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, [key for key in wanted if key not in done]))
+    if not records:
+        raise Fault(f"{file} holds no records: run the study first, without --table")
+    order = list(ARMS)
+    records.sort(key=lambda record: (order.index(record["arm"]), record["seed"]))
+    write_text(file.with_suffix(".md"), table_of(records))
+    print(table_of(records))
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(tyro.cli(Args)))
