@@ -36,37 +36,37 @@ import views
 # ------------------------------------------------------------------------------------------ presets
 # Table 3 of the paper, and what it leaves open. A row per flag, a column per backbone.
 # fmt: off
-BACKBONES = ("openvla", "pi05", "pi0", "openvla-tiny", "pi05-tiny")
+BACKBONES = ("openvla", "pi05", "pi0", "openvla-tiny", "pi05-tiny", "openvla-flat", "pi05-flat")
 PRESETS = {
     # the paper's (Table 3). It has no pi0: that column is pi0.5's with RLinf's differences.
-    "iterations":             (240,   280,   280,   16,    20),
-    "num_envs":               (128,   320,   320,   64,    64),
-    "num_steps":              (80,    80,    80,    80,    80),
-    "batch_size":             (640,   5120,  5120,  640,   256),
-    "update_epochs":          (1,     5,     4,     1,     2),
-    "inv_coef":               (1.0,   4.0,   4.0,   2.5,   15.0),
-    "sen_coef":               (0.2,   4.0,   4.0,   0.12,  6.0),
-    "sen_clip":               (0.8,   0.08,  0.08,  0.8,   0.08),
-    "horizon":                (None,  8,     8,     None,  8),
-    "replan":                 (None,  5,     5,     None,  5),
-    "denoise_steps":          (None,  4,     4,     None,  4),
-    "noise_level":            (None,  0.5,   0.5,   None,  0.5),
+    "iterations":             (240,      280,      280,      16,        20,        40,     40),
+    "num_envs":               (128,      320,      320,      64,        64,        256,    256),
+    "num_steps":              (80,       80,       80,       80,        80,        12,     12),
+    "batch_size":             (640,      5120,     5120,     640,       256,       512,    512),
+    "update_epochs":          (1,        5,        4,        1,         2,         2,      2),
+    "inv_coef":               (1.0,      4.0,      4.0,      2.5,       15.0,      1.0,    4.0),
+    "sen_coef":               (0.2,      4.0,      4.0,      0.12,      6.0,       0.2,    4.0),
+    "sen_clip":               (0.8,      0.08,     0.08,     0.8,       0.08,      0.8,    0.08),
+    "horizon":                (None,     8,        8,        None,      8,         None,   8),
+    "replan":                 (None,     5,        5,        None,      5,         None,   5),
+    "denoise_steps":          (None,     4,        4,        None,      4,         None,   4),
+    "noise_level":            (None,     0.5,      0.5,      None,      0.5,       None,   0.5),
     # lost in our text of the paper: RL4VLA's for OpenVLA, RLinf's for pi0 and pi0.5
-    "learning_rate":          (1e-4,  7.91e-6, 7.91e-6, 1e-4, 4e-5),
-    "value_learning_rate":    (3e-3,  1.55e-4, 1.55e-4, 2e-3, 2e-3),
-    "adam_beta2":             (0.999, 0.95,  0.95,  0.999, 0.999),
-    "max_grad_norm":          (10.0,  1.0,   1.0,   10.0,  10.0),
-    "lora_rank":              (32,    32,    32,    0,     0),
-    "sde_steps":              (None,  "one", "one", None,  "one"),
-    "detach_value":           (False, False, True,  True,  True),
+    "learning_rate":          (1e-4,     7.91e-6,  7.91e-6,  1e-4,      4e-5,      3e-4,   3e-4),
+    "value_learning_rate":    (3e-3,     1.55e-4,  1.55e-4,  2e-3,      2e-3,      2e-3,   2e-3),
+    "adam_beta2":             (0.999,    0.95,     0.95,     0.999,     0.999,     0.999,  0.999),
+    "max_grad_norm":          (10.0,     1.0,      1.0,      10.0,      10.0,      10.0,   10.0),
+    "lora_rank":              (32,       32,       32,       0,         0,         0,      0),
+    "sde_steps":              (None,     "one",    "one",    None,      "one",     None,   "one"),
+    "detach_value":           (False,    False,    True,     True,      True,      True,   True),
     # ours: the tiny backbones' learning, and what fits into memory
-    "assets":                 ("rl4vla", "rl4vla", "rl4vla", "builtin", "builtin"),
-    "critic_warmup":          (0,     0,     0,     3,     3),
-    "warmup_epochs":          (4,     4,     4,     4,     8),
-    "target_kl":              (0.0,   0.0,   0.0,   0.04,  0.04),
-    "anneal_lr":              (False, False, False, True,  True),
-    "device_batch_size":      (128,   160,   160,   160,   256),
-    "gradient_checkpointing": (True,  True,  True,  False, False),
+    "assets":                 ("rl4vla", "rl4vla", "rl4vla", "builtin", "builtin", "flat", "flat"),
+    "critic_warmup":          (0,        0,        0,        3,         3,         2,      2),
+    "warmup_epochs":          (4,        4,        4,        4,         8,         4,      4),
+    "target_kl":              (0.0,      0.0,      0.0,      0.04,      0.04,      0.2,    0.2),
+    "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
+    "device_batch_size":      (128,      160,      160,      160,       256,       512,    512),
+    "gradient_checkpointing": (True,     True,     True,     False,     False,     False,  False),
 }
 # fmt: on
 
@@ -74,7 +74,8 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Args:
     backbone: str = "openvla-tiny"
-    """openvla, pi05, pi0; openvla-tiny, pi05-tiny for a CPU: it chooses the defaults below"""
+    """openvla, pi05, pi0, or for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat: chooses the
+    defaults below"""
     checkpoint: str | None = None
     """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub; None: the backbone's own"""
     run_dir: str | None = None
@@ -151,7 +152,7 @@ class Args:
     max_grad_norm: float
     """maximum norm of the gradient (RL4VLA 10, RLinf 1)"""
     target_kl: float
-    """end an iteration's update before a step whose approx KL(old || new) is above this; 0: never"""
+    """end an iteration's update before a step whose approx KL(old || new) is above it; 0: never"""
     critic_warmup: int
     """first iterations, in which only the value head learns"""
     warmup_epochs: int
@@ -289,7 +290,7 @@ def gae(rewards, values, dones, gamma, gae_lambda):
 def update(
     args, policy, optimizer, batch, backgrounds=None, target=None, warming=False, generator=None
 ):
-    """PPO and the two pair losses on one rollout -> means of its statistics. None: a rank must stop.
+    """PPO and the two pair losses on one rollout -> means of statistics. None: a rank must stop.
 
     backgrounds (K, H, W, 3) uint8 of Eq. (5); None where the environments have drawn rgb_pre.
     target: the policy that gives pi(.|o_pre,l) in Eq. (2); None: `policy`. warming: only the value

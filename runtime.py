@@ -1,4 +1,4 @@
-"""What every long run needs and no paper describes: flags, ranks, seeds, files, checkpoints, guards.
+"""What every long run needs and no paper describes: flags, ranks, seeds, files, guards, logs.
 
 The method is in ppo_pair.py. Of a policy, this file knows the contract in policies.py.
 """
@@ -137,7 +137,8 @@ def parse(cls, preset, may_change=(), replaced=(), command=None):
             if asked != value and name not in may_change:
                 flag = f"--{name.replace('_', '-')}"
                 raise Fault(
-                    f"{flag} {asked}: the run in {run_dir} has {value}; leave the flag out, or start another run"
+                    f"{flag} {asked}: the run in {run_dir} has {value}; leave the flag out, "
+                    "or start another run"
                 )
     return args
 
@@ -164,7 +165,7 @@ def leave_ranks():
 
 
 def collective(function, *args):
-    """A torch.distributed call where there are several ranks. If one has died, the others end with a sentence."""
+    """A torch.distributed call, where there are several ranks. If one has died, a sentence."""
     if dist.is_initialized():
         try:
             function(*args)
@@ -219,7 +220,7 @@ MAX_SEED = 2**31 - 1
 
 
 def seed_all(*key: int):
-    """Every iteration starts from seeds of its own, so a resumed run needs no random state of the one before."""
+    """An iteration starts from seeds of its own: a resumed run needs no other random state."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -238,7 +239,7 @@ EPISODE_RANGES = {
 
 
 def episode_ids(purpose: str, seed: int, first: int, count: int) -> range:
-    """Ids first ... first + count - 1 of one purpose and seed. Ids of two purposes are never equal, for any seeds.
+    """Ids first ... first + count - 1. Ids of two purposes are never equal, for any seeds.
 
     Raises: Fault where the purpose has fewer ids.
     """
@@ -247,14 +248,14 @@ def episode_ids(purpose: str, seed: int, first: int, count: int) -> range:
         raise Fault(f"the seed {seed} is out of range: use 0 to {MAX_SEED}")
     if first + count > size:
         raise Fault(
-            f"{first + count} episodes for {purpose!r} are too many: at most {size} are set apart for it"
+            f"{first + count} episodes for {purpose!r} are too many: at most {size} are set apart"
         )
     start += seed * per_seed + first
     return range(start, start + count)
 
 
 def train_ids(args, iteration: int, rounds: int):
-    """Yields the ids of this rank's training episodes in an iteration (1, 2, ...), round by round."""
+    """Ids of this rank's training episodes in an iteration (1, 2, ...), round by round."""
     own = own_slots(args.num_envs)
     for i in range(rounds):
         first = ((iteration - 1) * rounds + i) * args.num_envs + own.start
@@ -278,9 +279,9 @@ def write_text(path: Path, text: str):
 
 @contextmanager
 def whole_directory(directory):
-    """Yields a Path to write flat files into. At the end they appear as `directory`, whole and on disk, or not at all.
+    """A Path to write files into. They appear as `directory`, whole and on disk, or not at all.
 
-    SHA256SUMS (check it with `sha256sum -c SHA256SUMS`) is added, what `directory` held before goes.
+    SHA256SUMS (for `sha256sum -c SHA256SUMS`) is added. What `directory` held before goes.
     """
     directory = Path(directory)
     temporary, old = (
@@ -324,7 +325,7 @@ def sync(path):
 
 
 def verify(directory: Path):
-    """Compare every file that `whole_directory` wrote with its hash. A Fault names the first that differs."""
+    """Compare every file that `whole_directory` wrote with its hash. A Fault names the first."""
     try:
         lines = (directory / "SHA256SUMS").read_text().splitlines()
         if not lines:
@@ -333,7 +334,7 @@ def verify(directory: Path):
             wanted, _, name = line.partition("  ")
             if file_hash(directory / name) != wanted:
                 raise Fault(
-                    f"{directory / name} is damaged: it is not the file that was saved (see SHA256SUMS there)"
+                    f"{directory / name} is damaged: it is not the file that was saved (SHA256SUMS)"
                 )
     except (OSError, UnicodeDecodeError) as error:
         raise Fault(f"{directory} is damaged or incomplete ({error})") from None
@@ -357,7 +358,7 @@ def make_run_dir(args):
                     raise
         run_dir = Path(args.run_dir)
         if checkpoints(run_dir) and not args.resume:
-            raise Fault(f"{run_dir} holds checkpoints of another run: go on with --resume {run_dir}, "
+            raise Fault(f"{run_dir} holds another run's checkpoints: use --resume {run_dir}, "
                         "or name another --run-dir")  # fmt: skip
         LOCKS.append(open(run_dir / "lock", "w"))
         fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -388,7 +389,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
-    """Write run_dir/checkpoint-ITERATION, whole or not at all -> its path. `best` links to the best.
+    """Write run_dir/checkpoint-ITERATION, whole or not at all -> its path. `best` is a link.
 
     The newest args.keep and the best stay. trainer: a dict with iteration, best and what else a
     resumed run needs. Ranks other than 0 write nothing.
@@ -416,8 +417,8 @@ def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
 class RunState:
     """What a resumed run goes on from, beside the policy's weights.
 
-    success and unrelated_kl: of every iteration (of unrelated_kl the start's before them). best: the
-    highest mean of 8 successes at a checkpoint, and its iteration. sight: the latents of `Sight`.
+    success and unrelated_kl: of every iteration, after the start's unrelated_kl. best: the highest
+    mean of 8 successes at a checkpoint, and its iteration. sight: the latents of `Sight`.
     """
 
     NAMES = ("iteration", "success", "unrelated_kl", "best", "sight")
@@ -510,8 +511,8 @@ def moments(x: torch.Tensor) -> tuple[float, float, int]:
 def minibatches(batch, epochs: int, args, generator):
     """Yields, per optimizer step, the indices of this rank's decisions and how many all ranks have.
 
-    A minibatch takes as many decisions of one environment as of another (give or take one). So ranks
-    have equal work, and what is in a minibatch does not depend on how many ranks there are.
+    A minibatch takes as many decisions of one environment as of another (give or take one). Ranks
+    have equal work, and what is in a minibatch does not depend on their number.
     """
     own = own_slots(args.num_envs)
     num_steps = len(batch["logprobs"]) // len(own)
@@ -543,7 +544,7 @@ class Means:
         self.now = self.now + torch.stack([sums, counts])  # (2, K)
 
     def all_reduce(self, parameters) -> bool:
-        """Sum statistics and gradients over the ranks, one message. -> was any rank told to stop?"""
+        """Sum statistics and gradients over the ranks -> was any of them told to stop?"""
         stop = self.now.new_tensor([float(stop_requested())])
         if WORLD > 1:
             parts = [stop, self.now, *(p.grad for p in parameters if p.grad is not None)]
@@ -573,7 +574,7 @@ MAX_RATIO_DEV_BF16 = 0.1  # bfloat16 rounds to 0.03 in 32 layers; a mistake is l
 
 
 def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_dir):
-    """Before an optimizer step: is everything finite, and at the first one: is every weight taught?"""
+    """Before a step: is everything finite? Before the first: do both agree, is all taught?"""
     if not torch.isfinite(grad_norm + means.finite):  # every rank sees it: a sum with a nan is one
         file, inds = (
             Path(run_dir) / f"nonfinite_rank{RANK}.pt",
@@ -583,21 +584,19 @@ def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_
         torch.save(
             dict(parts, instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file
         )
-        raise Fault("a loss, log-prob or gradient is not finite: stopped before the step, every checkpoint "
-                    f"is from before; the minibatch is in {file}")  # fmt: skip
+        raise Fault("a loss, log-prob or gradient is not finite: stopped before the step, every "
+                    f"checkpoint is from before; the minibatch is in {file}")  # fmt: skip
     if means.first is not None:
         return
     means.first = means.step["ratio_dev"].item()
     if means.first > MAX_RATIO_DEV.get(policy.dtype, MAX_RATIO_DEV_BF16):
-        raise Fault(f"update and rollout compute different log-probs (ratio off by {means.first:.3f} before "
-                    "any step): the policy's act and evaluate_actions disagree")  # fmt: skip
+        raise Fault(f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
+                    "before any step): the policy's act and evaluate_actions disagree")  # fmt: skip
     known = {id(p) for p in parameters}
     for name, p in policy.named_parameters():  # it would stay as it is without any error
         if p.requires_grad and (id(p) not in known or p.grad is None):
             reason = "gets no gradient" if id(p) in known else "is not on the optimizer"
-            raise Fault(
-                f"the parameter {name} is to be trained but {reason}: freeze it, or use it in the loss"
-            )
+            raise Fault(f"the parameter {name} is to be trained but {reason}: freeze it or use it")
 
 
 def check_weights(policy):
@@ -607,7 +606,7 @@ def check_weights(policy):
     if not all(finite):
         name = names[finite.index(False)]
         raise Fault(
-            f"the weight {name} is not finite: resume from the last checkpoint, or start from another one"
+            f"the weight {name} is not finite: resume from the last checkpoint, or start anew"
         )
 
 
@@ -660,23 +659,23 @@ LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at lea
 
 def check_collapse(state: RunState, warmup: int):
     """Stop a run that destroys its policy. The thresholds: none of the 18 healthy runs in results/
-    comes near (the worst keeps 0.85 of its success), the one that collapsed trips after 17 of 24."""
+    comes near (the worst keeps 0.85 of its success), the one that collapsed trips at 17 of 24."""
     start, *unrelated = state.unrelated_kl
     success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:
         return
     if np.mean(unrelated[-WINDOW:]) < BLIND * start:
-        raise Fault(f"the policy is going blind: the KL between unrelated frames fell from {start:.3g} to "
-                    f"{np.mean(unrelated[-WINDOW:]):.3g}, L_inv's trivial minimum; lower --inv-coef")  # fmt: skip
+        raise Fault(f"the policy is going blind: the KL of unrelated frames fell from {start:.3g} "
+                    f"to {np.mean(unrelated[-WINDOW:]):.3g}; lower --inv-coef")  # fmt: skip
     before, now = np.mean(success[:warmup]), np.mean(success[-WINDOW:])
     if now < LOST * before and now < before - LOST_POINTS:
-        raise Fault(f"the policy is losing what it could: success fell from {before:.2f} to {now:.2f}; "
+        raise Fault(f"the policy loses what it could: success fell from {before:.2f} to {now:.2f}; "
                     "lower --learning-rate, --inv-coef or --sen-coef")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ logs
 class RunLog:
-    """Health lines on the terminal, RUN/log.jsonl, TensorBoard; Weights & Biases if asked. Rank 0's."""
+    """Rank 0's: health lines, RUN/log.jsonl, TensorBoard, and Weights & Biases if asked."""
 
     def __init__(self, args, done: int):
         if RANK > 0:
@@ -713,7 +712,7 @@ class RunLog:
             self.writer.flush()
         except OSError as error:
             raise Fault(
-                f"the log in {self.file.parent} could not be written ({error}); no checkpoint is touched"
+                f"the log {self.file} could not be written ({error}); no checkpoint is touched"
             )
         tqdm.write(health_line(iteration, stats, success[-8:], warming))
         self.bar.update()
@@ -727,9 +726,11 @@ class RunLog:
             self.writer.close()
 
 
-HEALTH = dict(reward=".3f", explained_variance="+.2f", ratio_dev=".0e", clipfrac=".2f", approx_kl=".4f",
-              entropy=".2f", grad_norm=".2f", inv_kl=".3f", sen_kl=".3f", sen_clipped=".2f",
-              unrelated_kl=".3f")  # fmt: skip
+HEALTH = dict(
+    reward=".3f", explained_variance="+.2f", ratio_dev=".0e", clipfrac=".2f", approx_kl=".4f",
+    entropy=".2f", grad_norm=".2f", inv_kl=".3f", sen_kl=".3f", sen_clipped=".2f",
+    unrelated_kl=".3f",
+)  # fmt: skip
 SHORT = dict(explained_variance="ev", approx_kl="kl", grad_norm="grad")
 
 

@@ -1,10 +1,10 @@
-"""The pair of views of each frame (paper section 4.3): what a policy should ignore, and what it should react to.
+"""The pair of views of each frame (section 4.3): what to ignore, and what to react to.
 
-task-preserving  o_pre: another table, no distractors; the same robot, target and plate   -> L_inv, Eq. (2)
-task-altering    o_alt: the same instant with the target elsewhere                         -> L_sen, Eq. (3)
+o_pre  task-preserving: another table, no distractors, the same robot, target and plate     Eq. (2)
+o_alt  task-altering:   the same instant with the target elsewhere                          Eq. (3)
 
-A composite (Eq. 5) is made of pictures that are there. The other views are drawn: functions (env, N generators) -> N
-pictures, where env holds N scenes (one in a worker process, all of them with --sim cuda).
+A composite, Eq. (5), is made of pictures that are there. The other views are drawn by the
+environments: functions (env, N generators) -> N pictures, where env holds N scenes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 import torch
 
 ALTER_SIGMA = 0.05  # metres. OPEN: the paper's translation sigma is lost in our text
-ALTER_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])  # OPEN: likewise its rotation set
+ALTER_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])  # OPEN: so is its rotation set
 
 
 def task_preserving(obs: dict, backgrounds: torch.Tensor | None) -> torch.Tensor:
-    """o_pre (B, H, W, 3) uint8: as the environments have drawn it, or a composite with backgrounds."""
+    """o_pre (B, H, W, 3) uint8: drawn by the environments (rgb_pre), or a composite."""
     return (
         obs["rgb_pre"] if backgrounds is None else composite(obs["rgb"], obs["mask"], backgrounds)
     )
 
 
 def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """rgb (B, H, W, 3) uint8, mask (B, H, W) bool, backgrounds (K, H, W, 3) uint8 -> (B, H, W, 3) uint8.
+    """rgb (B, H, W, 3), mask (B, H, W) bool, backgrounds (K, H, W, 3) -> (B, H, W, 3) uint8.
 
-    All on one device. Where a distractor stood in front of the target the composite has a bite taken
-    out of it: that is what Eq. (5) does.
+    All on one device. Where a distractor stood in front of the target, the composite shows the
+    table through it: that is what Eq. (5) does.
     """
     k = torch.randint(len(backgrounds), (len(rgb),))  # on the CPU: the same for any device
     # Eq. (5)  o_pre = M * o + (1 - M) * b,   b ~ Uniform(background snapshots)
@@ -35,7 +35,7 @@ def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) 
 
 
 def task_altering(env, rngs):
-    """o_alt: the target moved by N(0, ALTER_SIGMA) in x and y and turned by a yaw of ALTER_YAWS (4.3).
+    """o_alt: the target moved by N(0, ALTER_SIGMA) in x and y and turned by one of ALTER_YAWS.
 
     A target in the gripper is drawn outside it, as the paper's construction has it.
     """
@@ -45,7 +45,7 @@ def task_altering(env, rngs):
 
 
 def rerendered(env, rngs):
-    """o_pre without a composite's bites: drawn with the distractors hidden and a table of the training set."""
+    """o_pre, drawn anew: without the distractors, on a table of the training set."""
     tables = [int(rng.integers(env.pack.train_tables)) for rng in rngs]
     with env.without_distractors(), env.on_tables(tables):
         return env.picture()[0]
