@@ -199,8 +199,13 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 
 # ------------------------------------------------------------ Environments
-# --assets -> the module that has its PACK
-PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla", "flat": "scenes.flat"}
+# --assets -> where the pack is, a module and the name in it
+PACKS = {
+    "builtin": ("scenes.builtin", "PACK"),
+    "rl4vla": ("scenes.rl4vla", "PACK"),
+    "rl4vla-small": ("scenes.rl4vla", "SMALL"),
+    "flat": ("scenes.flat", "PACK"),
+}
 
 
 def find_pack(assets: str):
@@ -208,7 +213,8 @@ def find_pack(assets: str):
     are missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
-    pack = importlib.import_module(PACKS[assets]).PACK
+    module, name = PACKS[assets]
+    pack = getattr(importlib.import_module(module), name)
     fault = pack.fault()
     if fault:
         raise Fault(f"assets of the pack {assets}: {fault}")

@@ -674,8 +674,9 @@ def main(args: Args):
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
         make_envs(
-            num_envs, assets, sim=sim, image_size=policy.image_size, num_workers=workers
-        ) as envs,
+            num_envs, assets, sim=sim, num_workers=workers,
+            image_size=policy.image_size, resize=policy.resize,
+        ) as envs,  # fmt: skip
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):
         protocol = {

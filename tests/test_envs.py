@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from mani_skill.agents.controllers import PDEEPoseController
 from PIL import Image
 
 import envs
+import policies
+import views
 from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, RING, TRAIN_YAWS, sample_episode
 from runtime import Fault
 from scenes import builtin, rl4vla
@@ -483,6 +486,41 @@ def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
             rgb[photo], photos[env.episode.table][photo]
         )
         assert (rgb[~photo] != photos[env.episode.table][~photo]).any(-1).mean() > 0.9
+
+
+@needs_rl4vla
+@pytest.mark.parametrize("resize, shape", [("squash", (224, 224)), ("keep", (168, 224))])
+def test_rl4vla_frames_are_the_cameras_resized(start, resize, shape):
+    """As the official checkpoints have seen them: 640 x 480, antialiased; and the policies leave them as they are."""
+    env = envs.make_env("rl4vla", resize=resize)
+    start(env, 7, rebuild=False)
+    rgb, ids = env.picture()
+    mask = env.foreground(ids)
+    assert rgb.shape == (*shape, 3) and mask.shape == shape and ids.shape == (480, 640)
+    env.resize = None  # what the camera shows
+    full = env.picture()[0]
+    env.resize = resize
+    sampling = dict(squash=Image.Resampling.BICUBIC, keep=Image.Resampling.BILINEAR)[resize]
+    theirs = np.array(Image.fromarray(full).resize(shape[::-1], sampling)).astype(int)
+    assert np.abs(theirs - rgb).mean() < 0.3
+    assert 0.05 < mask.mean() < 0.5
+    empty, o_alt = env.empty_tables([3])[0], views.task_altering(env, [np.random.default_rng(0)])
+    assert empty.shape == o_alt.shape == rgb.shape
+    photo = np.array(Image.fromarray(env.photos[3]).resize(shape[::-1], sampling)).astype(int)
+    assert np.abs(photo - empty).mean() < 0.3
+
+    policy = SimpleNamespace(image_size=224, config=dict(camera_aspect=640 / 480), device="cpu")
+    network = dict(squash=policies.TokenPolicy, keep=policies.FlowPolicy)[resize]
+    seen = [network.preprocess(policy, torch.from_numpy(x.copy())[None]) for x in (rgb, full)]
+    assert torch.equal(*seen)
+
+    small = envs.make_env("rl4vla-small", 224, resize)
+    start(small, 7, rebuild=False)
+    drawn, ids = small.picture()
+    assert drawn.shape == (224, 224, 3) and ids.shape == (224, 224)
+    if resize == "squash":  # what drawing in fewer pixels costs
+        off = np.abs(drawn.astype(int) - rgb)[mask]
+        assert 2 < off.mean() < 12
 
 
 @pytest.mark.parametrize("pack", PACKS)

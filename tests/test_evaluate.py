@@ -114,7 +114,7 @@ class Decision(NamedTuple):
 class Noisy:
     """Acts by the global torch generator, as a policy that samples tokens does; temperature 0 reads the id instead."""
 
-    image_size, horizon, dtype = 8, 1, torch.float32
+    image_size, resize, horizon, dtype = 8, None, 1, torch.float32
 
     def __init__(self, chunk=2):
         self.chunk = chunk
