@@ -26,6 +26,7 @@ from mani_skill.utils.structs import Pose
 from sapien.render import RenderMaterial, RenderTexture2D
 from transforms3d.euler import euler2quat
 
+from runtime import Fault
 from scenes.task import TABLE_Z, Light, held_out_lights
 
 COLORS = dict(
@@ -173,8 +174,13 @@ def light_panda_urdf() -> str:
                 material = ElementTree.SubElement(shape, "material", name=look)
                 ElementTree.SubElement(material, "color", rgba=rgba)
             mesh.set("filename", str(source.parent / name))
-    tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
-    shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
+    try:
+        tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
+        shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        hint = "free some space there, or set TMPDIR to another folder"
+        raise Fault(f"cannot write to the temporary folder {folder} ({error.strerror}): {hint}")
     return f"{URDF_FOLDER.name}/panda_light.urdf"
 
 

@@ -1,6 +1,7 @@
 """envs.py: episodes and splits, assets, rewards, exact repetition, workers that die, the preflight. Real simulator, no
 policy."""
 
+import errno
 import itertools
 import os
 import select
@@ -25,7 +26,7 @@ import policies
 import views
 from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, RING, TRAIN_YAWS, sample_episode
 from runtime import Fault
-from scenes import builtin, rl4vla
+from scenes import builtin, rl4vla, workers
 from scenes.task import TABLE_Z, render_backend, sapien
 from tools import preflight
 
@@ -693,14 +694,37 @@ def its_cores(environments):
     return os.sched_getaffinity(0)
 
 
-def test_each_worker_stays_on_a_core_where_mesa_draws(shared):
-    """Mesa draws in a thread of its own, and its caller waits for it."""
-    here = sorted(os.sched_getaffinity(0))
-    cores = shared.map(its_cores, (), ())
-    if render_backend() == "sapien_cpu":
-        assert cores == [{here[0]}, {here[1 % len(here)]}]
-    else:
-        assert cores == [set(here)] * 2
+def test_no_two_workers_stay_on_one_core(alone, shared):
+    """Where Mesa draws, in a thread of its own, a worker stays on a core. Whatever job the others belong to."""
+    here = os.sched_getaffinity(0)
+    cores = [*alone.map(its_cores, ()), *shared.map(its_cores, (), ())]
+    pinned = [c for c in cores if len(c) == 1 < len(here)]
+    assert len(set.union(set(), *pinned)) == len(pinned)
+    assert all(c == here for c in cores if c not in pinned)
+    if render_backend() != "sapien_cpu":
+        assert not pinned
+
+
+def test_a_core_is_claimed_once(monkeypatch):
+    free = {1000, 1001}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: free)
+    first, second, third = (workers.claim_core() for _ in range(3))
+    assert (first[0], second[0], third) == (1000, 1001, (None, None))
+    first[1].close()
+    assert workers.claim_core()[0] == 1000
+
+
+def test_frames_that_do_not_fit_are_refused_at_once(monkeypatch):
+    """Before, a worker was killed by SIGBUS when it first wrote to a page for which there was no room."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with workers.reserve(10_000) as file:
+        assert os.fstat(file.fileno()).st_size == 10_000 <= 512 * os.fstat(file.fileno()).st_blocks
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(Fault, match="temporary folder .* no room for 2 MB of frames .No space.*TMPDIR"):
+        envs.make_envs(64, "builtin", num_workers=1)
 
 
 def test_unknown_split_is_refused_before_the_workers_hear_of_it(alone):
@@ -804,6 +828,31 @@ def test_check():
         and "mani_skill 3.0.1" in run.stdout
         and "first frame after" in run.stdout
     )
+
+
+@pytest.mark.parametrize("here", [("Darwin", "arm64"), ("Linux", "aarch64")])
+def test_check_on_a_mac_and_on_arm(monkeypatch, here):
+    monkeypatch.setattr(preflight.platform, "system", lambda: here[0])
+    monkeypatch.setattr(preflight.platform, "machine", lambda: here[1])
+    with pytest.raises(Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"):
+        preflight.check("builtin")
+
+
+@pytest.mark.parametrize("version, passes", [("3, 10", 0), ("3, 11", 1), ("3, 12, 9", 1), ("3, 13", 0), ("3, 14", 0)])
+def test_the_makefile_takes_the_pythons_for_which_there_are_wheels(tmp_path, version, passes):
+    """mani_skill asks for mplib==0.1.1, which has none for 3.13 and later."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$2" in *version_info*) exec {sys.executable} -c '
+        f'"import sys; sys.version_info = ({version}); ${{2#import sys; }}";; *) exit 9;; esac\n'
+    )
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    run = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    refused = "Python 3.11 or 3.12 is needed" in run.stderr
+    assert run.returncode != 0 and refused == (not passes), run.stderr
+    assert refused == ("PYTHON=python3.12" in run.stderr)
 
 
 def test_check_without_a_driver():
