@@ -758,7 +758,7 @@ def test_no_table_for_a_policy_with_a_nan_weight(tmp_path, capsys):
         runtime.command_line(lambda: ev.main(args))
     assert stop.value.code == 2
     printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1].startswith("error: ") and "finite" in printed.err
+    assert printed.err.splitlines()[-1].startswith("error: ") and "NaN" in printed.err
     assert not printed.out and not (tmp_path / "eval" / "table.md").exists()
 
 
