@@ -599,7 +599,7 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         content = read_json(args_json)
         if not isinstance(content, dict):
             raise Fault(f"{args_json} is damaged (no JSON object): use another checkpoint")
-        saved |= content | content.get("policy", {})
+        saved |= content
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
