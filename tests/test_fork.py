@@ -133,6 +133,7 @@ def test_a_new_backbone_trains(trained):
 def test_a_new_pack_is_drawn_and_solved(fork):
     code = """
 import envs
+from scenes.builtin import BuiltinPack
 pack = envs.find_pack("evening")
 episodes = [envs.sample_episode(i, "clutter-8", pack) for i in range(200)]
 assert max(e.target for e in episodes) == 11
@@ -140,10 +141,12 @@ assert {d for e in episodes for d in e.distractors if d >= 12} == set(range(12, 
 env = envs.make_env("evening")
 for i in range(4):
     env.reset(seed=0, options=dict(episodes=[env.sample(i, "train")]))
-    day = env.picture()[0].copy()
+    evening = env.picture()[0].mean((0, 1))
+    env.set_light(BuiltinPack.lights[0])
+    day = env.picture()[0].mean((0, 1))
     for _ in range(pack.max_episode_steps):
         env.step(pack.oracle(env))
-    print("solved" if env.success else "not", day[..., 0].mean() > 1.2 * day[..., 2].mean())
+    print("solved" if env.success else "not", evening[0] / evening[2] > 1.2 * day[0] / day[2])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=fork, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
