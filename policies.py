@@ -28,19 +28,13 @@ from safetensors.torch import save_file
 from torch import nn
 from tyro.conf import Positional
 
-from backbones.files import (
-    download,
-    find_checkpoint,
-    load_weights,
-    open_tensors,
-    read_norm_stats,
-    save_config,
-)
+from backbones.files import download, find_model, load_weights, open_tensors, save_config
 from backbones.lora import load_adapter
 from backbones.openvla import OPENVLA_TINY, KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
+from backbones.statistics import check_columns, columns, read_norm_stats
 from backbones.tokenizers import WordTokenizer
-from runtime import Fault, command_line, read_json, verify
+from runtime import Fault, command_line
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone
 
@@ -231,9 +225,17 @@ class TokenPolicy(OpenVLANetwork):
     # -------------------------------------------------------------------- token <-> action
     def use_norm_stats(self, key):
         """Choose the data set whose percentiles scale the actions."""
-        self.unnorm_key, action = key, self.config["norm_stats"][key]["action"]
-        self.q01, self.q99 = (torch.tensor(action[q], dtype=torch.float64) for q in ("q01", "q99"))
-        self.is_scaled = torch.tensor(action["mask"])  # False: the gripper, which stays as decoded
+        self.unnorm_key, names = key, ("q01", "q99")
+        stats, where = self.config["norm_stats"][key], f"{self.stats_file}, {key}"
+        self.q01, self.q99 = columns(stats, where, "action", names)
+        check_columns(where, "action", names, (self.q01, self.q99))
+        # False: the gripper, which stays as decoded. OpenVLA's own code takes no mask for all True
+        mask = stats["action"].get("mask") or [True] * 7
+        if len(self.q01) != 7:
+            raise Fault(f"{where}: {len(self.q01)} dimensions of action, not 7: another robot's?")
+        if not isinstance(mask, list) or len(mask) != 7 or set(mask) - {True, False}:
+            raise Fault(f"{where}: mask of action is {mask!r}, not 7 times true or false")
+        self.is_scaled = torch.tensor(mask, dtype=torch.bool)
         self.bin_edges = torch.linspace(-1, 1, self.config["n_action_bins"], dtype=torch.float64)
         self.bin_centers = (self.bin_edges[1:] + self.bin_edges[:-1]) / 2  # one fewer than tokens
 
@@ -541,10 +543,18 @@ class PolicyArgs:
     all of them"""
 
 
+RANGES = {  # of the flags that are numbers; None is always allowed
+    "at least 1": "lora_alpha horizon replan denoise_steps",
+    "0 or more": "lora_rank",
+    "above 0": "noise_level",
+}
+
+
 def target_names(lora_targets):
     """Layers by name from several words or comma lists; None and all-linear: None, the network's
     own list."""
-    names = [name for word in lora_targets or () for name in word.split(",") if name]
+    names = [name.strip() for word in lora_targets or () for name in word.split(",")]
+    names = [name for name in names if name]
     return None if names == ["all-linear"] else names or None
 
 
@@ -572,6 +582,7 @@ def load_policy(
     lora_alpha=None,
     lora_targets=None,
     gradient_checkpointing=False,
+    training=False,
     **settings,
 ):
     """A policy ready to act.
@@ -582,11 +593,14 @@ def load_policy(
     backbone; None is bfloat16 on a GPU, float32 on a CPU and for a tiny one. lora_rank, lora_alpha
     (None: the rank), lora_targets (None: every linear layer): fresh adapters on a full model; an
     adapter brings its own, and a contradiction is an error. tokenizer: a tokenizer.json, if not the
-    checkpoint's. settings: the network's; None leaves the checkpoint's.
+    checkpoint's. training: refuse what can act but not be trained. settings: the network's; None
+    leaves the checkpoint's.
     """
     if backbone not in class_of:
         raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
     policy_class, targets = class_of[backbone], target_names(lora_targets)
+    if lora_rank < 0 or (lora_alpha is not None and lora_alpha < 1):
+        raise Fault("--lora-rank must be 0 or more, and --lora-alpha at least 1")
     small = backbone in policy_class.small_configs
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings.keys() - policy_class.settings.keys():
@@ -596,18 +610,7 @@ def load_policy(
         checkpoint = DEFAULT_CHECKPOINT[backbone]
     directory, name, commit, adapter = None, backbone, None, None
     if checkpoint:
-        directory, name, commit = find_checkpoint(checkpoint, hub=not small)
-        if (directory / "SHA256SUMS").is_file():
-            verify(directory)
-        if (directory / "adapter_config.json").is_file():
-            adapter, peft_config = directory, read_json(directory / "adapter_config.json")
-            if not base and not peft_config.get("base_model_name_or_path"):
-                raise Fault(
-                    f"{adapter} is an adapter that does not name its base model; pass --base"
-                )
-            origin = (peft_config["base_model_name_or_path"], peft_config.get("revision"))
-            base = base or "@".join(filter(None, origin))
-            directory, name, commit = find_checkpoint(base, hub=not small)
+        directory, name, commit, adapter = find_model(checkpoint, base, hub=not small)
     elif lora_rank:
         raise Fault(
             "LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter"
@@ -616,21 +619,31 @@ def load_policy(
     if commit and policy_class.config_needs_weights:
         download(name, commit, ["model*.safetensors"])
     config = policy_class.read_config(backbone, directory, adapter, settings)
-    config["norm_stats"], default_key = read_norm_stats(config, directory, adapter)
-    unnorm_key = unnorm_key or default_key
-    known = config["norm_stats"]
+    config_file = directory / "config.json" if directory else backbone
+    known, default_key, sources = read_norm_stats(config, config_file, directory, adapter)
+    config["norm_stats"], unnorm_key = known, unnorm_key or default_key
     if unnorm_key not in known and (known or policy_class.needs_norm_stats):
-        raise Fault(f"norm_stats has no key {unnorm_key!r}; unnorm_key is one of {sorted(known)}")
+        wrong = f"no key {unnorm_key!r}" if unnorm_key else "no key that is this checkpoint's own"
+        raise Fault(
+            f"norm_stats has {wrong}; unnorm_key is one of {sorted(known)}: "
+            "name it with --unnorm-key"
+        )
 
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype is None:
         exact = small or torch.device(device).type == "cpu"
         dtype = torch.float32 if exact else torch.bfloat16
+    if training and dtype != torch.float32 and not (lora_rank or adapter):
+        raise Fault(
+            "--lora-rank 0 trains every weight, and in bfloat16 most steps are too small to move "
+            "one: use --lora-rank 32, or --dtype float32 (twice the memory)"
+        )
     if commit:
         download(name, commit, ["model*.safetensors"])
     policy = load_weights(policy_class, config, directory, dtype, device)
     policy.name, policy.commit, policy.directory = name, commit, directory
     if unnorm_key in known:
+        policy.stats_file = sources[unnorm_key]
         policy.use_norm_stats(unnorm_key)
     places = [folder / "tokenizer.json" for folder in (adapter, directory) if folder]
     files = [file for file in ([Path(tokenizer)] if tokenizer else places) if file.is_file()]
@@ -670,6 +683,9 @@ def merge(
         raise Fault(
             f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge"
         )
+    for place, what in ((checkpoint, "adapter"), (policy.directory, "base model")):
+        if out.resolve() == Path(place).resolve():
+            raise Fault(f"{out} is the {what} itself, which would be overwritten: name another OUT")
     before = policy.fixed_outputs()
     for module in policy.modules():
         if isinstance(module, LoraLayer):

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime import Fault, read_json
+from runtime import Fault, read_json, verify
 
 
 # -------------------------------------------------------------------------- directories and the Hub
@@ -56,9 +56,64 @@ def find_checkpoint(name, hub):
     repo, _, revision = str(name).partition("@")
     if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise Fault(f"there is no checkpoint directory {name}")
-    patterns = ["*.json", "adapter_model*", "value_head*", "training_state.pt"]
+    patterns = ["*.json", "adapter_model*", "value_head*", "training_state.pt", "action_head--*"]
     directory = download(repo, revision or None, patterns)
     return directory, repo, directory.name
+
+
+def find_model(checkpoint, base, hub):
+    """-> directory of the full model, its lasting name, its commit, directory of the adapter (None:
+    no adapter).
+
+    base: where an adapter's base model is, if not where it says.
+    """
+    directory, name, commit = find_checkpoint(checkpoint, hub)
+    if (directory / "SHA256SUMS").is_file():
+        verify(directory)
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        if base:
+            raise Fault(f"{checkpoint} is a full model and no adapter: leave out --base {base}")
+        return directory, name, commit, None
+    peft_config = read_object(file)
+    if not base:
+        origin, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+        if not origin:
+            raise Fault(
+                f"{file} does not name the adapter's base model: say with --base where it is"
+            )
+        base = f"{origin}@{revision}" if revision else f"{origin}"
+    try:
+        base_directory, name, commit = find_checkpoint(base, hub)
+    except Fault as error:
+        raise Fault(
+            f"{error}; it is the base model of the adapter {directory}: say with --base where it is"
+        ) from None
+    if (base_directory / "adapter_config.json").is_file():
+        raise Fault(
+            f"{base_directory} is an adapter, too: say with --base where the full model of "
+            f"{directory} is"
+        )
+    return base_directory, name, commit, directory
+
+
+# ------------------------------------------------------------------------------------------ JSON
+def read_object(file):
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise Fault(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def check_types(values, types, file):
+    """values[field] is of types[field], for every field of `values` that `types` knows."""
+    for field in values.keys() & types.keys():
+        value, expected = values[field], types[field]
+        wanted = (int, float) if expected is float else expected
+        if not isinstance(value, wanted) or (isinstance(value, bool) and expected is not bool):
+            raise Fault(
+                f"{file}: {field} is {json.dumps(value)[:60]}, not of type {expected.__name__}"
+            )
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -68,7 +123,12 @@ def open_tensors(directory, stem):
     index = directory / f"{stem}.safetensors.index.json"
     names = [f"{stem}.safetensors"]
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise Fault(f"{index} has no weight_map that says which file holds which tensor")
+        names = sorted(set(weight_map.values()))
     found = {}
     for name in names:
         try:
@@ -97,6 +157,14 @@ def check_tensors(found, wanted, where):
             )
 
 
+def read_tensor(entry, key, where, device="cpu", dtype=None):
+    """A tensor of an open file, with a memory of its own. Refuses NaN and infinity."""
+    tensor = entry[:].to(device, dtype, copy=True)
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise Fault(f"{where}: the tensor {key} holds NaN or infinity: use another checkpoint")
+    return tensor
+
+
 def load_weights(network_class, config, directory, dtype, device):
     """Check every name and shape on the meta device, then read each tensor straight to where it
     will live."""
@@ -109,8 +177,16 @@ def load_weights(network_class, config, directory, dtype, device):
         return network
     with torch.device("meta"):
         network = network_class(config)
-    found = {network.rename(key): entry for key, entry in open_tensors(directory, "model").items()}
-    found = {key: entry for key, entry in found.items() if not network.is_unused(key)}
+    found, old_names = {}, {}
+    for key, entry in open_tensors(directory, "model").items():
+        name = network.rename(key)
+        if name in found and not torch.equal(found[name][:], entry[:]):
+            raise Fault(
+                f"{directory}: {old_names[name]} and {key} are two names of one tensor, but they "
+                "differ; remove the one that was not trained"
+            )
+        if not network.is_unused(name):
+            found[name], old_names[name] = entry, key
     if (directory / "value_head.safetensors").is_file():
         head = open_tensors(directory, "value_head")
         found |= {f"value_head.{key}": entry for key, entry in head.items()}
@@ -123,32 +199,10 @@ def load_weights(network_class, config, directory, dtype, device):
     state = {}
     for key, entry in found.items():
         to = torch.float32 if network.keeps_float32(key) else dtype
-        state[key] = entry[:].to(device, to, copy=True)  # no view of the file remains
+        state[key] = read_tensor(entry, key, directory, device, to)
     network.load_state_dict(state, strict=False, assign=True)
     network.init_buffers(device)
     return network
-
-
-# --------------------------------------------------------------------------------------- statistics
-def read_norm_stats(config, directory, adapter):
-    """The statistics of every data set, from all files that may hold some, and the key to use by
-    default."""
-    stats = config.get("norm_stats", {})
-    key = "bridge_orig" if "bridge_orig" in stats else None
-    for folder, name in [
-        (directory, "dataset_statistics"),
-        (directory, "norm_stats"),
-        (adapter, "norm_stats"),
-    ]:
-        if folder and (folder / f"{name}.json").is_file():
-            more = read_json(folder / f"{name}.json")
-            stats = stats | more
-            if name == "norm_stats":  # ours: it holds just the one it was trained with
-                key = next(iter(more))
-    if directory and not stats:  # openpi's: in a folder named after the data set
-        for file in sorted(directory.glob("*/**/norm_stats.json")):
-            stats[str(file.parent.relative_to(directory))] = read_json(file)["norm_stats"]
-    return stats, key or (next(iter(stats)) if len(stats) == 1 else None)
 
 
 # ------------------------------------------------------------------------------------------ saving

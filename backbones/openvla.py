@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from backbones.files import save_policy
+from backbones.files import check_types, read_object, save_policy
 from backbones.layers import (
     STEP_BOUNDS,
     forward_layer,
@@ -28,7 +28,7 @@ from backbones.layers import (
 )
 from backbones.lora import inject_lora
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
-from runtime import Fault, read_json
+from runtime import Fault
 
 # Its last space is Llama's token 29871
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
@@ -48,6 +48,10 @@ TIMM = {
         "embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362,
         "patch_size": 14, "class_token": False, "reg_tokens": 0, "layer_scale": False,
     },
+}  # fmt: skip
+CONFIG_TYPES = {  # of config.json's fields
+    "text_config": dict, "image_sizes": list, "timm_model_ids": list,
+    "n_action_bins": int, "pad_to_multiple_of": int,
 }  # fmt: skip
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet's), 3-5 SigLIP
 STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
@@ -178,6 +182,13 @@ class KVCache:
         return self.k[layer_idx], self.v[layer_idx]
 
 
+def text_config(config):
+    """Llama's sizes. The attention kernel that a checkpoint was trained with is no part of it."""
+    own = {key: x for key, x in config["text_config"].items() if "attn" not in key}
+    # 1e-6 is the official port's, not Meta's 1e-5
+    return LlamaConfig(**{"rms_norm_eps": 1e-6} | own, attn_implementation="sdpa")
+
+
 class OpenVLANetwork(nn.Module):
     """Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
 
@@ -190,6 +201,7 @@ class OpenVLANetwork(nn.Module):
     lora_targets = LORA_TARGETS
     saves_config = False  # beside an adapter
 
+    stats_file = "norm_stats"  # where the statistics in use are from
     gradient_checkpointing = False
     detach_value = False  # True: the critic reads the trunk but does not train it
     save = save_policy
@@ -198,8 +210,7 @@ class OpenVLANetwork(nn.Module):
         super().__init__()
         self.config = config
         self.name, self.commit, self.directory = "openvla", None, None  # where it comes from
-        # 1e-6 is the official port's, not Meta's 1e-5
-        text = LlamaConfig(**{"rms_norm_eps": 1e-6, **config["text_config"]})
+        text = text_config(config)
         self.image_size = config["image_sizes"][0]
         towers = [TIMM[name] for name in config["timm_model_ids"]]
         if "_tiny_timm_kwargs" in config:
@@ -237,23 +248,37 @@ class OpenVLANetwork(nn.Module):
         """config.json of a checkpoint, or the small preset. Refuses another backbone's."""
         if directory is None:
             return copy.deepcopy(cls.small_configs[backbone])
+        for folder in filter(None, (directory, adapter)):
+            for part in folder.glob("action_head--*"):
+                raise Fault(
+                    f"{folder} is a checkpoint of OpenVLA-OFT ({part.name}), whose actions do not "
+                    "come from tokens: use a checkpoint of OpenVLA"
+                )
         file = directory / "config.json"
-        config = read_json(file)
+        config = read_object(file)
         kind = config.get("model_type", config.get("type")) or "a model that it does not name"
         if kind == "openvla" and "_word_vocab" in config:
             kind = config.get("_backbone", "openvla-tiny")
         if kind != backbone:
             raise Fault(f"{directory} is a checkpoint of {kind}, not of the backbone {backbone}")
-        fields = (
-            "text_config",
-            "image_sizes",
-            "timm_model_ids",
-            "n_action_bins",
-            "pad_to_multiple_of",
-        )
-        missing = set(fields) - config.keys()
+        missing = CONFIG_TYPES.keys() - config.keys()
         if missing:
             raise Fault(f"{file} lacks {', '.join(sorted(missing))}; it is not OpenVLA's")
+        check_types(config, CONFIG_TYPES, file)
+        towers, sizes = config["timm_model_ids"], config["image_sizes"]
+        if towers != list(TIMM):
+            raise Fault(
+                f"{file}: timm_model_ids is {towers}; OpenVLA here has the two towers "
+                f"{' and '.join(TIMM)}"
+            )
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise Fault(f"{file}: image_sizes is {sizes}, not one number of pixels for each tower")
+        try:
+            text_config(config)
+        except Exception as error:  # transformers' own checks raise errors of many types
+            raise Fault(
+                f"{file}: text_config is not Llama's ({' '.join(str(error).split())[:150]})"
+            ) from None
         return config
 
     @staticmethod
@@ -350,7 +375,7 @@ class OpenVLANetwork(nn.Module):
         for key in {(prompt, text) for text in instructions} - self.prompt_ids.keys():
             self.prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
         rows = [self.prompt_ids[prompt, text] for text in instructions]
-        length, pad = max(map(len, rows)), self.config["pad_token_id"]
+        length, pad = max(map(len, rows)), self.config.get("pad_token_id") or 0  # nobody sees them
         ids, mask = [], []
         for bos, *words in rows:
             pads = length - 1 - len(words)

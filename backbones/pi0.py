@@ -20,7 +20,7 @@ from transformers import GemmaConfig, SiglipVisionConfig
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from backbones.files import open_tensors, save_policy
+from backbones.files import check_types, open_tensors, read_object, save_policy
 from backbones.layers import (
     STEP_BOUNDS,
     forward_layer,
@@ -30,8 +30,9 @@ from backbones.layers import (
     patch_embedding,
 )
 from backbones.lora import inject_lora
+from backbones.statistics import check_columns, columns
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
-from runtime import Fault, read_json
+from runtime import Fault
 
 PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
     "image_size": 224, "patch": 14, "vis_width": 1152, "vis_depth": 27, "vis_heads": 16,
@@ -157,6 +158,7 @@ class Pi0Network(nn.Module):
         True  # beside an adapter, too: horizon, replan and the rest are part of the policy
     )
 
+    stats_file = "norm_stats"  # where the statistics in use are from
     gradient_checkpointing = False
     save = save_policy
 
@@ -264,13 +266,17 @@ class Pi0Network(nn.Module):
     def read_config(cls, backbone, directory, adapter, settings):
         """Sizes and settings: the official ones, what a config.json says otherwise, then
         `settings`. pi0 or pi0.5: by tensors."""
+        defaults = PI | PI_KIND["pi05"]  # of a type that pi0's have, too
+        types = {key: type(value) for key, value in defaults.items() if value is not None}
         if directory is None:
             file, kind = copy.deepcopy(cls.small_configs[backbone]), "pi05"
         else:
             file = {}
             for folder in filter(None, (directory, adapter)):
                 if (folder / "config.json").is_file():
-                    file |= read_json(folder / "config.json")
+                    content = read_object(folder / "config.json")
+                    check_types(content, types, folder / "config.json")
+                    file |= content
             keys = {cls.rename(key) for key in open_tensors(directory, "model")}
             signs = "action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys
             kind = {(True, False): "pi0", (False, True): "pi05"}.get(signs, "neither pi0 nor pi05")
@@ -286,7 +292,7 @@ class Pi0Network(nn.Module):
         for wrong, sentence in (
             (not 1 <= replan <= horizon, "--replan must be 1 to --horizon"),
             (config["num_denoise_steps"] < 1, "--denoise-steps must be at least 1"),
-            (config["noise_level"] <= 0, "--noise-level must be positive"),
+            (not config["noise_level"] > 0, "--noise-level must be positive"),
             (config["sde_steps"] not in ("one", "all"), "--sde-steps must be one or all"),
         ):
             if wrong:
@@ -432,23 +438,28 @@ class Pi0Network(nn.Module):
         """Choose the data set whose statistics scale states and actions: by mean and std for pi0,
         quantiles for pi0.5."""
         self.unnorm_key, self.centers_and_scales = key, {}
+        names = ("q01", "q99") if self.pi05 else ("mean", "std")
+        where, stats = f"{self.stats_file}, {key}", self.config["norm_stats"][key]
         for name in ("actions", "state") if self.reads_state else ("actions",):
-            stats = self.config["norm_stats"][key][name]
-            low, high = ("q01", "q99") if self.pi05 else ("mean", "std")
-            if not stats.get(low) or not stats.get(high):
-                raise Fault(
-                    f"norm_stats.json of {self.name} has no {low} and {high} of {name}, "
-                    "which it scales by"
-                )
-            low, high = (torch.tensor(stats[n], dtype=torch.float64) for n in (low, high))
+            low, high = columns(stats, where, name, names)
+            rows = list(zip(low.tolist(), high.tolist()))
             if name == "actions":
-                low, high = (t[: self.config["action_env_dim"]] for t in (low, high))
+                dims = self.config["action_env_dim"]
+                # beyond them openpi pads up to the model's width, always with the same numbers
+                if len(rows) < dims or len(set(rows[dims:])) > 1:
+                    raise Fault(
+                        f"{where}: {len(rows)} dimensions of actions, not {dims}: another robot's?"
+                    )
+            else:  # how many there are shows when there is a state; padding is 0
+                dims = max((i + 1 for i, row in enumerate(rows) if any(row)), default=0)
+            low, high = low[:dims], high[:dims]
+            check_columns(where, name, names, (low, high))
             spread = high - low if self.pi05 else high
             if (spread <= 0).any():
                 dim, what = int((spread <= 0).nonzero()[0]), "q99 - q01" if self.pi05 else "std"
                 raise Fault(
-                    f"norm_stats.json of {self.name}: dimension {dim} of {name} has no spread "
-                    f"({what} is 0), so it cannot be scaled; widen it there"
+                    f"{where}: dimension {dim} of {name} has no spread ({what} is "
+                    f"{spread[dim].item():g}), so it cannot be scaled; widen it there"
                 )
             scale = (spread + 1e-6) / 2 if self.pi05 else spread + 1e-6
             self.centers_and_scales[name] = (low + scale if self.pi05 else low, scale)

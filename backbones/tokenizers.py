@@ -39,15 +39,25 @@ class WordTokenizer:
         return [self.ids[word] for word in ["<s>", *words]]
 
 
+def read_tokenizer(file):
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise Fault(
+            f"{file} is no tokenizer.json that the installed tokenizers library reads "
+            f"({' '.join(str(error).split())[:100]}); a SentencePiece model is none, either"
+        ) from None
+
+
 class LlamaTokenizer:
     """Llama 2's, for OpenVLA."""
 
     def __init__(self, file):
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer = read_tokenizer(file)
 
     def __call__(self, text):
         ids = self.tokenizer.encode(text).ids
-        if ids[0] != 1 or (text.endswith("Out: ") and ids[-1] != 29871):
+        if ids[:1] != [1] or (text.endswith("Out: ") and ids[-1] != 29871):
             raise Fault(
                 f"tokenizer.json is not Llama-2's: a prompt became {ids}, not BOS 1 ... 29871"
             )
@@ -58,7 +68,7 @@ class PaliGemmaTokenizer:
     """PaliGemma's, for pi0; BOS (2) goes before the text."""
 
     def __init__(self, file):
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer = read_tokenizer(file)
         if self("\n") != [2, 108]:
             raise Fault(
                 f"{file} is not PaliGemma's tokenizer: a line feed becomes {self(chr(10))}, "

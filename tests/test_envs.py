@@ -2,7 +2,6 @@
 policy."""
 
 import itertools
-import math
 import os
 import select
 import shutil
@@ -67,16 +66,35 @@ def test_training_never_sees_what_is_held_out(split, distractors, pack):
 
 
 def test_every_place_is_used():
-    """RL4VLA's rule in a 15 cm square leaves the target the 20 points of the rim and 4 inside; the plate all 36."""
-    drawn = episodes("train", 1500)
+    """RL4VLA's rule in a 15 cm square leaves the target the 20 points of the rim and 6 inside; the plate all 36."""
+    drawn = episodes("train", 3000)
     inside = [p for p in GRID if np.abs(p - CENTER).max() < 0.07]
     rim = len(GRID) - len(inside)
     assert (
         rim == 20
-        and len({e.target_xy for e in drawn}) == 24
+        and len({e.target_xy for e in drawn}) == 26
         and len({e.plate_xy for e in drawn}) == 36
     )
-    assert sum(on(np.array([e.target_xy for e in drawn]), p) for p in inside) == 4
+    assert sum(on(np.array([e.target_xy for e in drawn]), p) for p in inside) == 6
+
+
+def test_layouts_are_rl4vlas():
+    """Target, plate and distractor, as its arithmetic has them: 15 cm apart to the last bit is decided by rounding."""
+    steps = np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])  # its code, in its words
+    grid = np.array([[x, y] for x in steps for y in steps]) * 2 - 1
+    grid = grid * np.array([[0.075, 0.075]]) + np.array([[-0.16, 0.00]])
+    assert np.abs(grid - GRID).max() < 1e-12
+    theirs = [
+        (i, j, k)
+        for i, j, k in itertools.product(range(36), repeat=3)
+        if np.linalg.norm(grid[j] - grid[i]) > 0.07
+        and np.linalg.norm(grid[j] - grid[k]) > 0.07
+        and np.linalg.norm(grid[i] - grid[k]) > 0.15
+    ]
+    assert len(theirs) == 2104 and len({t for t, _, _ in theirs}) == 26
+    ours = envs.layouts(False, 0.07, 0.07)
+    assert list(map(tuple, ours.tolist())) == theirs
+    assert len(envs.layouts(True, 0.07, 0.07)) == 7324
 
 
 def test_counts_and_places():
@@ -111,18 +129,6 @@ def test_rl4vla_has_25_objects_and_21_tables():
         min(np.abs(photos[i].astype(int) - photos[j]).mean() for i in range(21) for j in range(i))
         > 5
     )
-    triples = {  # RL4VLA's rule in whole centimetres leaves 1896 of target, plate and distractor
-        (t, p, d)
-        for t, p, d in itertools.product(itertools.product(range(0, 18, 3), repeat=2), repeat=3)
-        if math.dist(t, p) > 7 and math.dist(d, p) > 7 and math.dist(t, d) > 15
-    }
-    assert len(triples) == 1896
-    for e in episodes("train", 300, "rl4vla"):
-        points = np.array([e.target_xy, e.plate_xy, *e.distractor_xy])
-        assert (
-            tuple(map(tuple, np.rint((points - CENTER + HALF_EDGE) * 100).astype(int).tolist()))
-            in triples
-        )
 
 
 @pytest.mark.parametrize("pack", PACKS)
@@ -131,6 +137,8 @@ def test_held_out_splits(pack):
     assert {e.light for e in episodes("lighting", 600, pack)} == set(range(1, 21))
     assert {e.camera_deg for e in episodes("camera-12.5", 5, pack)} == {-12.5}
     assert {e.camera_deg for e in episodes("camera+-10:5", 100, pack)} == {-10, -5, 0, 5, 10}
+    trained = episodes("camera+0-20:4", 100, pack)  # section 5.5: one side
+    assert {e.camera_deg for e in trained} == set(range(0, 21, 4)) == set(trained[0].cameras)
     for e in episodes("pose", pack=pack):
         assert (
             on(RING, e.target_xy)
@@ -176,7 +184,8 @@ def test_room_between_things(split, pack):
 
 @pytest.mark.parametrize("name", [
     "", "training", "clutter-3", "camera20", "camera+91", "camera+", "camera+20x", "camera+20:5", "camera+-20",
-    "camera+-95:5", "camera+-10:0", "camera+-10:20",
+    "camera+-95:5", "camera+-10:0", "camera+-10:20", "camera+0-95:5", "camera+20-4:4", "camera+0-20:0",
+    "camera+0-20", "camera-0-20:4",
 ])  # fmt: skip
 def test_unknown_split(name):
     with pytest.raises(Fault, match="split"):
@@ -793,6 +802,6 @@ def test_flatland_needs_no_simulator():
     code += "import envs, views\nassert envs.choose_sim('cpu') == 'cpu'\n"
     code += "vec = envs.make_envs(2, 'flat', alter=views.task_altering, image_size=32)\n"
     code += "assert vec.reset([0, 1], 'pose')['rgb_alt'].shape == (2, 32, 32, 3)\n"
-    code += "assert views.backgrounds(vec).shape == (16, 32, 32, 3)\n"
+    code += "assert vec.backgrounds().shape == (16, 32, 32, 3)\n"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

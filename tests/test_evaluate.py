@@ -559,6 +559,28 @@ def test_interrupt_keeps_the_finished_splits(toy_world, monkeypatch):
     assert len(ev.read_records(checkpoint / "eval")) == 4
 
 
+def test_an_interrupt_leaves_no_mixture_of_protocols(toy_world, monkeypatch):
+    checkpoint, _ = toy_world
+    common = dict(checkpoint=str(checkpoint), splits=("train", "pose"), num_episodes=4)
+    ev.main(ev.Args(**common))
+
+    def reset(self, ids, split, exact):
+        if split == "pose":
+            raise KeyboardInterrupt
+        return Toy.reset(self, ids, split, exact)
+
+    envs = type("Interrupted", (Toy,), {"reset": reset})(4)
+    monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)
+    with pytest.raises(
+        ev.Fault, match="^interrupted"
+    ):  # the same protocol: the old episodes of pose stay
+        ev.main(ev.Args(**common))
+    assert [r["split"] for r in ev.read_records(checkpoint)] == ["pose"] * 4 + ["train"] * 4
+    with pytest.raises(ev.Fault, match="^interrupted"):
+        ev.main(ev.Args(**common, temperature=1.0))
+    assert [r["split"] for r in ev.read_records(checkpoint)] == ["train"] * 4
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

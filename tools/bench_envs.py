@@ -150,7 +150,7 @@ def compositing(size: int, batch: int = 64):
     )
 
     def step():
-        views.task_preserving(rgb, mask, tables)
+        views.composite(rgb, mask, tables)
         return batch
 
     return step
@@ -238,7 +238,7 @@ def iteration_table(args: Args):
         envs.make_envs(pair.num_envs) as plain,
         envs.make_envs(pair.num_envs, alter=views.task_altering) as altered,
     ):
-        tables, seconds = views.backgrounds(plain), []
+        tables, seconds = plain.backgrounds(), []
         for i in range(args.windows):
             row = []
             for vec, one in (
