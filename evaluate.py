@@ -674,8 +674,12 @@ def main(args: Args):
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
         make_envs(
-            num_envs, assets, sim=sim, num_workers=workers,
-            image_size=policy.image_size, resize=policy.resize,
+            num_envs,
+            assets,
+            sim=sim,
+            num_workers=workers,
+            image_size=policy.image_size,
+            resize=policy.resize,
         ) as envs,  # fmt: skip
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):
