@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -63,25 +63,30 @@ SFT_SPLITS = {  # what sft.py trains on: training objects only
 
 
 def parse_split(name: str) -> Split:
-    """The Split called `name`: one of SPLITS, or section 5.5's, in degrees: camera+N or camera-N
-    for one orbit of the camera, camera+-N:S for one drawn from -N, -N + S, ..., N in each episode.
-    N <= 90."""
+    """The Split called `name`: one of SPLITS, or section 5.5's, in degrees up to 90. camera+N or
+    camera-N: one orbit of the camera. Drawn anew in each episode: camera+M-N:S from M, M + S, ... N
+    (training is camera+0-20:4), and camera+-N:S from ... -S, 0, S, ... N, both sides."""
     if name in SPLITS or name in SFT_SPLITS:
         return {**SPLITS, **SFT_SPLITS}[name]
-    number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(rf"camera([+-]|\+-){number}(?::{number})?", name)
-    if match is None or (match[1] == "+-") != (match[3] is not None):
-        more = "camera+N, camera-N or camera+-N:STEP (degrees)"
+    number = r"\d+(?:\.\d+)?"
+    one = re.fullmatch(rf"camera([+-]{number})", name)
+    many = re.fullmatch(rf"camera\+({number})?-({number}):({number})", name)
+    if not (one or many):
+        more = "camera+N, camera-N, camera+M-N:STEP or camera+-N:STEP (degrees)"
         raise Fault(f"unknown split {name!r}: choose from {', '.join(SPLITS)}, {more}")
-    if float(match[2]) > 90:
+    if one:
+        degrees = (float(one[1]),)
+    else:
+        low, high, step = float(many[1] or 0), float(many[2]), float(many[3])
+        if not 0 < step <= high - low:
+            hint = f"the step must be above 0 and at most {high - low:g} degrees"
+            raise Fault(f"split {name!r}: {hint}")
+        degrees = [low + step * i for i in range(int((high - low) / step + 1e-9) + 1)]
+        if many[1] is None:
+            degrees = [-d for d in degrees[:0:-1]] + degrees
+    if max(map(abs, degrees)) > 90:
         raise Fault(f"split {name!r}: the camera can turn by at most 90 degrees")
-    if match[3] is None:
-        return Split(cameras=(float(match[1] + match[2]),))
-    widest, step = float(match[2]), float(match[3])
-    if not 0 < step <= widest:
-        raise Fault(f"split {name!r}: the step must be above 0 and at most {match[2]} degrees")
-    turns = int(widest / step + 1e-9)
-    return Split(cameras=tuple(step * i for i in range(-turns, turns + 1)))
+    return Split(cameras=tuple(degrees))
 
 
 CENTER, HALF_EDGE = np.array([-0.16, 0.0]), 0.075  # the training square in metres (B.3)
@@ -123,6 +128,24 @@ class Episode:
     cameras: tuple  # of which camera_deg was drawn
 
 
+@cache
+def layouts(held_out_poses: bool, target_gap: float, distractor_gap: float) -> np.ndarray:
+    """(n, 3) int8: which points target, plate and distractor may have. RL4VLA's rule: target-plate
+    and distractor-plate > 7 cm (or what the objects' size needs), target-distractor > 15 cm.
+
+    As RL4VLA computes it, to the last bit: of two points that are 15 cm apart, rounding decides.
+    """
+
+    def far(a, b, gap):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap
+
+    targets = RING if held_out_poses else GRID
+    target_plate, target_distractor = far(targets, GRID, target_gap), far(targets, GRID, 0.15)
+    plate_distractor = far(GRID, GRID, distractor_gap)
+    possible = target_plate[:, :, None] & plate_distractor[None] & target_distractor[:, None]
+    return np.argwhere(possible).astype(np.int8)
+
+
 def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
     """Episode number `episode_id` (0 <= id < 2**63) of `split`, among the objects, tables and
     lights of `pack`.
@@ -140,16 +163,8 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
     # Its place is drawn even where it is left out, so that target and plate stay the same
     first = int(train_others[0])
 
-    # RL4VLA's rule: target-plate and distractor-plate > 7 cm (or what the objects' size needs),
-    # target-distractor > 15 cm.
-    def far(a, b, gap):  # 15 cm apart to the last bit is too near
-        return np.linalg.norm(a[:, None] - b[None], axis=-1) > gap + 1e-6
-
     targets = RING if s.held_out_poses else GRID
-    target_plate = far(targets, GRID, pack.plate_gap(target))
-    distractor_plate = far(GRID, GRID, pack.plate_gap(first))
-    apart = far(targets, GRID, 0.15)[:, None, :]
-    triples = np.argwhere(target_plate[:, :, None] & distractor_plate.T[None] & apart)
+    triples = layouts(s.held_out_poses, pack.plate_gap(target), pack.plate_gap(first))
     t, p, d = triples[stream[3].integers(len(triples))]
     yaw = int(stream[4].integers(4))
 
@@ -184,8 +199,13 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 
 # ------------------------------------------------------------ Environments
-# --assets -> the module that has its PACK
-PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla", "flat": "scenes.flat"}
+# --assets -> where the pack is, a module and the name in it
+PACKS = {
+    "builtin": ("scenes.builtin", "PACK"),
+    "rl4vla": ("scenes.rl4vla", "PACK"),
+    "rl4vla-small": ("scenes.rl4vla", "SMALL"),
+    "flat": ("scenes.flat", "PACK"),
+}
 
 
 def find_pack(assets: str):
@@ -193,20 +213,21 @@ def find_pack(assets: str):
     are missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
-    pack = importlib.import_module(PACKS[assets]).PACK
+    module, name = PACKS[assets]
+    pack = getattr(importlib.import_module(module), name)
     fault = pack.fault()
     if fault:
         raise Fault(f"assets of the pack {assets}: {fault}")
     return pack
 
 
-def make_env(assets: str, image_size: int | None = None):
+def make_env(assets: str, image_size: int | None = None, resize: str | None = None):
     """One bare scene in this process -> scenes.task.PutOnPlate."""
     pack = find_pack(assets)
     from scenes.task import PutOnPlate
 
     try:
-        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size)
+        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size, resize)
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
@@ -241,8 +262,8 @@ def choose_sim(sim: str) -> str:
 
 
 def make_envs(
-    num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None,
-    sim="cpu",
+    num_envs, assets="builtin", *, image_size=None, resize=None, num_workers=None, alter=None,
+    preserve=None, sim="cpu",
 ):  # fmt: skip
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
     core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
@@ -250,6 +271,8 @@ def make_envs(
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
+        resize: how to get there from the 640 x 480 of the pack rl4vla: "squash" into a square, or
+        "keep" the aspect ratio (the height is then smaller). None: drawn square at once.
         alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre
         to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
@@ -270,11 +293,11 @@ def make_envs(
     if choose_sim(sim) == "cuda":
         from scenes.gpu import CudaVecEnv
 
-        return CudaVecEnv(num_envs, pack, image_size, sample, views)
+        return CudaVecEnv(num_envs, pack, image_size, resize, sample, views)
     from scenes.workers import VecEnv
 
     num_workers = min(num_envs, num_workers or len(os.sched_getaffinity(0)))
-    return VecEnv(num_envs, pack, image_size, sample, make_env, views, num_workers)
+    return VecEnv(num_envs, pack, image_size, resize, sample, make_env, views, num_workers)
 
 
 # ------------------------------------------------------------ Command line

@@ -74,7 +74,7 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Args:
     backbone: str = "openvla-tiny"
-    """openvla, pi05, pi0, or for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat: chooses the
+    """openvla, pi05, pi0; for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat. Chooses the
     defaults below"""
     checkpoint: str | None = None
     """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub; None: the backbone's own"""
@@ -101,7 +101,8 @@ class Args:
 
     # the world
     assets: str
-    """builtin (nothing to download), rl4vla (the paper's) or flat (no simulator)"""
+    """builtin (nothing to download), rl4vla (the paper's), rl4vla-small (the same, drawn in fewer
+    pixels: faster) or flat (no simulator)"""
     sim: Literal["cpu", "cuda", "auto"] = "cpu"
     """physics: worker processes on the CPU, or all scenes at once on the GPU"""
     pre_view: Literal["composite", "rerender", "camera"] = "composite"
@@ -181,7 +182,8 @@ RANGES = {
     " warmup_epochs save_every keep",
     "0 or more": "critic_warmup eval_episodes temperature_eval target_kl value_clip ent_coef"
     " inv_coef sen_coef sen_clip",
-    "above 0": "learning_rate value_learning_rate clip_coef max_grad_norm huber_delta camera_step",
+    "above 0": "learning_rate value_learning_rate clip_coef max_grad_norm huber_delta camera_range"
+    " camera_step",
     "0 to 1": "gamma gae_lambda adam_beta2 augment inv_target_rate",
     "0 to 2147483647": "seed",
 }
@@ -369,7 +371,7 @@ def update(
 # ------------------------------------------------------------------------------------------ main
 def main(args: Args):
     # ---------------------------------------------------------------- set up
-    runtime.check_ranges(args, RANGES)
+    runtime.check_ranges(args, RANGES, policies.RANGES)
     runtime.check_shares(args)
     sim.parse_split(train_split(args))
     args.sim = sim.choose_sim(args.sim)
@@ -377,7 +379,7 @@ def main(args: Args):
     if runtime.RANK == 0:  # the others wait for what it prepares
         args.checkpoint = args.checkpoint or policies.default_checkpoint(args.backbone)
         runtime.make_run_dir(args)
-    runtime.join_ranks(device)
+    runtime.join_ranks("nccl" if device.type == "cuda" else "gloo")
     args = runtime.from_rank_0(args)
     own = runtime.own_slots(args.num_envs)  # of the environments
 
@@ -398,10 +400,15 @@ def main(args: Args):
 
     # ---------------------------------------------------------------- environments
     envs = sim.make_envs(
-        len(own), args.assets, sim=args.sim, num_workers=runtime.own_cores(),
-        image_size=policy.image_size, alter=views.task_altering if args.sen_coef else None,
+        len(own),
+        args.assets,
+        sim=args.sim,
+        num_workers=runtime.own_cores(),
+        image_size=policy.image_size,
+        resize=policy.resize,
+        alter=views.task_altering if args.sen_coef else None,
         preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
-    )  # fmt: skip
+    )
     with envs, runtime.RunLog(args, state.iteration) as log, runtime.sigterm_stops():
         rounds = runtime.whole_episodes(args.num_steps, envs.max_episode_steps)
         composite = args.pre_view == "composite" and (args.inv_coef or args.augment)

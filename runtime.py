@@ -152,10 +152,9 @@ RANK, WORLD = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
 LOCAL_RANK, LOCAL_WORLD = from_torchrun("LOCAL_RANK", 0), from_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
-def join_ranks(device=None):
-    """Connect the processes that torchrun started. Alone: nothing."""
+def join_ranks(backend: str):
+    """Connect the processes that torchrun started, by "nccl" or "gloo". Alone: nothing."""
     if WORLD > 1 and not dist.is_initialized():
-        backend = "gloo" if device is None or device.type == "cpu" else "nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
@@ -358,8 +357,10 @@ def make_run_dir(args):
                     raise
         run_dir = Path(args.run_dir)
         if checkpoints(run_dir) and not args.resume:
-            raise Fault(f"{run_dir} holds another run's checkpoints: use --resume {run_dir}, "
-                        "or name another --run-dir")  # fmt: skip
+            raise Fault(
+                f"{run_dir} holds another run's checkpoints: use --resume {run_dir}, "
+                "or name another --run-dir"
+            )
         LOCKS.append(open(run_dir / "lock", "w"))
         fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_text(run_dir / "args.json", json.dumps(flatten(args), indent=2))
@@ -452,8 +453,11 @@ class RunState:
         """What one update changes, copied to the CPU: one that SIGTERM cuts short is undone."""
         if RANK > 0:  # rank 0 saves
             return None
-        weights = {k: p.detach().cpu().clone() for k, p in self.policy.named_parameters()
-                   if p.requires_grad}  # fmt: skip
+        weights = {
+            k: p.detach().cpu().clone()
+            for k, p in self.policy.named_parameters()
+            if p.requires_grad
+        }
         return weights, copy.deepcopy(self.optimizer.state_dict())
 
     def restore(self, before):
@@ -584,14 +588,18 @@ def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_
         torch.save(
             dict(parts, instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file
         )
-        raise Fault("a loss, log-prob or gradient is not finite: stopped before the step, every "
-                    f"checkpoint is from before; the minibatch is in {file}")  # fmt: skip
+        raise Fault(
+            "a loss, log-prob or gradient is not finite: stopped before the step, every "
+            f"checkpoint is from before; the minibatch is in {file}"
+        )
     if means.first is not None:
         return
     means.first = means.step["ratio_dev"].item()
     if means.first > MAX_RATIO_DEV.get(policy.dtype, MAX_RATIO_DEV_BF16):
-        raise Fault(f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
-                    "before any step): the policy's act and evaluate_actions disagree")  # fmt: skip
+        raise Fault(
+            f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
+            "before any step): the policy's act and evaluate_actions disagree"
+        )
     known = {id(p) for p in parameters}
     for name, p in policy.named_parameters():  # it would stay as it is without any error
         if p.requires_grad and (id(p) not in known or p.grad is None):
@@ -642,8 +650,10 @@ class Sight:
     @torch.no_grad()
     def kl(self, policy, rgb, other):
         """(B,): between the distributions of two pictures under one instruction and one latent."""
-        p, q = (policy.evaluate_actions({**self.obs, "rgb": x}, self.instructions, self.latent).dist
-                for x in (rgb, other))  # fmt: skip
+        p, q = (
+            policy.evaluate_actions({**self.obs, "rgb": x}, self.instructions, self.latent).dist
+            for x in (rgb, other)
+        )
         return policy.kl(p, q)
 
     def unrelated_kl(self, policy) -> float:
@@ -665,12 +675,16 @@ def check_collapse(state: RunState, warmup: int):
     if len(success) < warmup + WINDOW:
         return
     if np.mean(unrelated[-WINDOW:]) < BLIND * start:
-        raise Fault(f"the policy is going blind: the KL of unrelated frames fell from {start:.3g} "
-                    f"to {np.mean(unrelated[-WINDOW:]):.3g}; lower --inv-coef")  # fmt: skip
+        raise Fault(
+            f"the policy is going blind: the KL of unrelated frames fell from {start:.3g} "
+            f"to {np.mean(unrelated[-WINDOW:]):.3g}; lower --inv-coef"
+        )
     before, now = np.mean(success[:warmup]), np.mean(success[-WINDOW:])
     if now < LOST * before and now < before - LOST_POINTS:
-        raise Fault(f"the policy loses what it could: success fell from {before:.2f} to {now:.2f}; "
-                    "lower --learning-rate, --inv-coef or --sen-coef")  # fmt: skip
+        raise Fault(
+            f"the policy loses what it could: success fell from {before:.2f} to {now:.2f}; "
+            "lower --learning-rate, --inv-coef or --sen-coef"
+        )
 
 
 # ------------------------------------------------------------------------------------------ logs

@@ -34,7 +34,7 @@ def test_help_prints_the_column_of_table_3():
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, COLUMNS="100")
     )
-    text = " ".join(done.stdout.split())
+    text = " ".join(done.stdout.replace("\u2502", " ").split())
     assert done.returncode == 0
     for default in ("(default: 280)", "(default: 7.91e-06)", "(default: 5120)", "(default: one)"):
         assert default in text, default

@@ -255,7 +255,8 @@ def figure_kl(args: Args, arms: dict[str, list[str]]):
             axis.stairs(share, edges, color=colour, lw=1.5, label=name)
             axis.axvline(np.median(kl), color=colour, ls=":", lw=1)
         axis.set(title=title, xscale="log", xlabel="nats (dotted: median)", ylabel="frames (%)")
-        axis.legend(frameon=False)
+        axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
+        axis.legend(frameon=False, loc="upper left")
     return figure
 
 

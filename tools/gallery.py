@@ -55,7 +55,7 @@ def pictures(env) -> list:
 
     def composite(rgb, mask, empty):
         tensors = (torch.from_numpy(x) for x in (rgb[None], mask[None], empty))
-        return views.task_preserving(*tensors)[0].numpy()
+        return views.composite(*tensors)[0].numpy()
 
     def drawn(view, seed):
         return view(env, [np.random.default_rng(seed)]).copy()

@@ -86,6 +86,8 @@ def main(args: Args):
         axis.set(title=title, xlabel="iteration")
         if title != "success":
             axis.set_ylabel("nats")
+        if title.startswith("KL"):
+            axis.set_ylim(bottom=0)  # so that a small fall looks small
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize="small")
     axes[0].set_ylim(0, 1)
