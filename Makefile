@@ -13,8 +13,9 @@ ARGS ?=
 setup: .venv/ready
 
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-		echo "error: Python 3.11 or later is needed and $(PYTHON) is older or missing: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
+		echo "error: Python 3.11 or 3.12 is needed (mani_skill asks for mplib==0.1.1, which has no wheel for later ones)"\
+			"and $(PYTHON) is another or missing: make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv || {
 		rm -rf .venv; echo "error: no virtual environment could be made: apt-get install python3-venv" >&2; exit 2; }
 	.venv/bin/pip install --disable-pip-version-check -r requirements.txt

@@ -199,8 +199,13 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
 
 
 # ------------------------------------------------------------ Environments
-# --assets -> the module that has its PACK
-PACKS = {"builtin": "scenes.builtin", "rl4vla": "scenes.rl4vla", "flat": "scenes.flat"}
+# --assets -> where the pack is, a module and the name in it
+PACKS = {
+    "builtin": ("scenes.builtin", "PACK"),
+    "rl4vla": ("scenes.rl4vla", "PACK"),
+    "rl4vla-small": ("scenes.rl4vla", "SMALL"),
+    "flat": ("scenes.flat", "PACK"),
+}
 
 
 def find_pack(assets: str):
@@ -208,20 +213,21 @@ def find_pack(assets: str):
     are missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
-    pack = importlib.import_module(PACKS[assets]).PACK
+    module, name = PACKS[assets]
+    pack = getattr(importlib.import_module(module), name)
     fault = pack.fault()
     if fault:
         raise Fault(f"assets of the pack {assets}: {fault}")
     return pack
 
 
-def make_env(assets: str, image_size: int | None = None):
+def make_env(assets: str, image_size: int | None = None, resize: str | None = None):
     """One bare scene in this process -> scenes.task.PutOnPlate."""
     pack = find_pack(assets)
     from scenes.task import PutOnPlate
 
     try:
-        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size)
+        return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size, resize)
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
@@ -256,8 +262,8 @@ def choose_sim(sim: str) -> str:
 
 
 def make_envs(
-    num_envs, assets="builtin", *, image_size=None, num_workers=None, alter=None, preserve=None,
-    sim="cpu",
+    num_envs, assets="builtin", *, image_size=None, resize=None, num_workers=None, alter=None,
+    preserve=None, sim="cpu",
 ):  # fmt: skip
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
     core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
@@ -265,6 +271,8 @@ def make_envs(
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
+        resize: how to get there from the 640 x 480 of the pack rl4vla: "squash" into a square, or
+        "keep" the aspect ratio (the height is then smaller). None: drawn square at once.
         alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre
         to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
@@ -285,11 +293,11 @@ def make_envs(
     if choose_sim(sim) == "cuda":
         from scenes.gpu import CudaVecEnv
 
-        return CudaVecEnv(num_envs, pack, image_size, sample, views)
+        return CudaVecEnv(num_envs, pack, image_size, resize, sample, views)
     from scenes.workers import VecEnv
 
     num_workers = min(num_envs, num_workers or len(os.sched_getaffinity(0)))
-    return VecEnv(num_envs, pack, image_size, sample, make_env, views, num_workers)
+    return VecEnv(num_envs, pack, image_size, resize, sample, make_env, views, num_workers)
 
 
 # ------------------------------------------------------------ Command line

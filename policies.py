@@ -67,6 +67,7 @@ class Policy(Protocol):
     chunk: int  # env steps per decision
     horizon: int  # actions that are predicted at once, chunk or more
     image_size: int  # pixels; other sizes are resized
+    resize: str | None  # how frames get there from a camera's pixels: see envs.make_envs
     dtype: torch.dtype  # of the backbone
     device: torch.device
     config: dict[str, Any]

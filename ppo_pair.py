@@ -74,7 +74,7 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Args:
     backbone: str = "openvla-tiny"
-    """openvla, pi05, pi0, or for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat: chooses the
+    """openvla, pi05, pi0; for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat. Chooses the
     defaults below"""
     checkpoint: str | None = None
     """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub; None: the backbone's own"""
@@ -101,7 +101,8 @@ class Args:
 
     # the world
     assets: str
-    """builtin (nothing to download), rl4vla (the paper's) or flat (no simulator)"""
+    """builtin (nothing to download), rl4vla (the paper's), rl4vla-small (the same, drawn in fewer
+    pixels: faster) or flat (no simulator)"""
     sim: Literal["cpu", "cuda", "auto"] = "cpu"
     """physics: worker processes on the CPU, or all scenes at once on the GPU"""
     pre_view: Literal["composite", "rerender", "camera"] = "composite"
@@ -404,6 +405,7 @@ def main(args: Args):
         sim=args.sim,
         num_workers=runtime.own_cores(),
         image_size=policy.image_size,
+        resize=policy.resize,
         alter=views.task_altering if args.sen_coef else None,
         preserve=views.RENDERED[args.pre_view] if args.inv_coef else None,
     )

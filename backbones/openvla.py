@@ -212,6 +212,8 @@ class OpenVLANetwork(nn.Module):
         self.name, self.commit, self.directory = "openvla", None, None  # where it comes from
         text = text_config(config)
         self.image_size = config["image_sizes"][0]
+        # How RL4VLA gets there from 640 x 480 (scenes/task.py); a small model's frames are drawn so
+        self.resize = None if "_word_vocab" in config else "squash"
         towers = [TIMM[name] for name in config["timm_model_ids"]]
         if "_tiny_timm_kwargs" in config:
             towers = [tower | own for tower, own in zip(towers, config["_tiny_timm_kwargs"])]

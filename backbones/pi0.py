@@ -169,6 +169,8 @@ class Pi0Network(nn.Module):
         c = SimpleNamespace(**config)
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
+        # How openpi gets there from 640 x 480 (scenes/task.py); a small model's frames are drawn so
+        self.resize = None if "_word_vocab" in config else "keep"
         self.num_steps, self.noise_level = c.num_denoise_steps, c.noise_level
         self.unnorm_key, self.centers_and_scales, self._detach_value = None, {}, False
         vision = SiglipVisionConfig(

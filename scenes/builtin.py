@@ -26,6 +26,7 @@ from mani_skill.utils.structs import Pose
 from sapien.render import RenderMaterial, RenderTexture2D
 from transforms3d.euler import euler2quat
 
+from runtime import Fault
 from scenes.task import TABLE_Z, Light, held_out_lights
 
 COLORS = dict(
@@ -173,8 +174,13 @@ def light_panda_urdf() -> str:
                 material = ElementTree.SubElement(shape, "material", name=look)
                 ElementTree.SubElement(material, "color", rgba=rgba)
             mesh.set("filename", str(source.parent / name))
-    tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
-    shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
+    try:
+        tree.write(f"{URDF_FOLDER.name}/panda_light.urdf")
+        shutil.copy(source.with_suffix(".srdf"), f"{URDF_FOLDER.name}/panda_light.srdf")
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        hint = "free some space there, or set TMPDIR to another folder"
+        raise Fault(f"cannot write to the temporary folder {folder} ({error.strerror}): {hint}")
     return f"{URDF_FOLDER.name}/panda_light.urdf"
 
 
@@ -191,6 +197,7 @@ class BuiltinPack:
     camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
     camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 96
+    camera_shape = None  # no pixels of its own: drawn square, at any size
     sim_freq, control_freq = 100, 5
     max_episode_steps = 20
     # Steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter ones)
@@ -220,7 +227,7 @@ class BuiltinPack:
     def clean_up(self):
         URDF_FOLDER.cleanup()
 
-    def lens(self, size: int) -> dict:
+    def lens(self, height: int, width: int) -> dict:
         return dict(fov=np.deg2rad(38))
 
     def radius(self, i: int) -> float:
@@ -275,7 +282,7 @@ class BuiltinPack:
             material.base_color_texture = texture
         return materials
 
-    def photos(self, size: int):
+    def photos(self, height: int, width: int):
         """Photographs of tables behind the scene: none, because the tables here are surfaces."""
         return None
 

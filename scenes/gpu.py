@@ -28,7 +28,7 @@ from mani_skill.utils.structs import Pose
 from sapien.render import RenderBodyComponent
 
 from runtime import LOCAL_RANK
-from scenes.task import TABLE_Z, PutOnPlate, moved
+from scenes.task import TABLE_Z, PutOnPlate, moved, resized
 from scenes.workers import view_stream
 
 BELOW = torch.tensor([0, 0, -50.0, 1, 0, 0, 0])  # where nobody sees it
@@ -55,7 +55,7 @@ class PutOnPlates(PutOnPlate):
                 self.scene.add_directional_light(list(direction), list(color), scene_idxs=[i])
 
     def _after_reconfigure(self, options):
-        photos = self.pack.photos(self.image_size)
+        photos = self.pack.photos(*self.drawn_shape)
         self.photos = None if photos is None else torch.from_numpy(photos).to(self.device)
         self.links = self.agent.robot.get_links()
         self.fingers = [self.agent.finger1_link, self.agent.finger2_link]
@@ -157,11 +157,15 @@ class PutOnPlates(PutOnPlate):
         rgb, ids = pictures["rgb"].clone(), pictures["segmentation"][..., 0].clone()
         if self.photos is not None:
             rgb = torch.where((ids == 0)[..., None], self.photos[self.tables], rgb)
-        return rgb, ids
+        return resized(rgb, self.frame_shape, self.resize) if self.resize else rgb, ids
 
     def foreground(self, ids: torch.Tensor) -> torch.Tensor:
         """The mask M of Eq. (5): (N, H, W) bool."""
-        return self.keep.gather(1, ids.long().flatten(1)).view(ids.shape)
+        mask = self.keep.gather(1, ids.long().flatten(1)).view(ids.shape)
+        if self.resize:
+            mask = 255 * mask[..., None].byte()
+            mask = resized(mask, self.frame_shape, self.resize)[..., 0] > 127
+        return mask
 
     def target_moved(self, moves):
         now = self.of_target(lambda actor: actor.pose.raw_pose).cpu().numpy()
@@ -248,12 +252,11 @@ class CudaVecEnv:
 
     num_workers = 1
 
-    def __init__(self, num_envs, pack, image_size, sample, views, **backends):
+    def __init__(self, num_envs, pack, image_size, resize, sample, views, **backends):
         gpu = f"cuda:{LOCAL_RANK}"
         backends = dict(sim_backend=f"physx_{gpu}", render_backend=f"sapien_{gpu}") | backends
-        self.env = PutOnPlates(pack, sample, image_size, num_envs=num_envs, **backends)
-        self.num_envs, self.image_size = num_envs, self.env.image_size
-        self.pack, self.sample, self.views = pack, sample, views
+        self.env = PutOnPlates(pack, sample, image_size, resize, num_envs=num_envs, **backends)
+        self.num_envs, self.pack, self.sample, self.views = num_envs, pack, sample, views
         self.max_episode_steps = pack.max_episode_steps
         self.view_seconds = 0.0  # spent on changed views so far
 

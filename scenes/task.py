@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import sapien
 import torch
+import torch.nn.functional as F
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
@@ -31,9 +32,13 @@ from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, 
 from transforms3d.euler import euler2quat
 
 from runtime import LOCAL_RANK
+from scenes.workers import frame_shape
 
 TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
 COS_85 = np.cos(np.deg2rad(85))
+# squash: into a square (RL4VLA, and RLinf's OpenVLA). keep: the aspect ratio (openpi, and RLinf's
+# pi0, which adds black rows)
+RESIZE_MODES = dict(squash="bicubic", keep="bilinear")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,13 @@ def moved(pose: sapien.Pose, dx: float, dy: float, yaw: float) -> sapien.Pose:
     return sapien.Pose(pose.p + [dx, dy, 0], (turn * sapien.Pose(q=pose.q)).q)
 
 
+def resized(pictures: torch.Tensor, shape, resize: str) -> torch.Tensor:
+    """What a camera shows, (N, H, W, C) uint8, in fewer pixels, as a backbone's ancestors do it."""
+    x = pictures.permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, shape, mode=RESIZE_MODES[resize], antialias=True)
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
 def length(vectors):
     """(..., 3) -> (...), of numpy or torch."""
     return (vectors**2).sum(-1) ** 0.5
@@ -88,16 +100,19 @@ class PutOnPlate(BaseEnv):
     `picture()` to look.
 
     pack: the PACK of scenes/builtin.py or scenes/rl4vla.py. sample: (episode id, split name) ->
-    Episode, for a reset without one.
+    Episode, for a reset without one. resize: None draws the frames at once; "squash" or "keep"
+    draws the camera's own pixels and resizes them, where the pack has such a camera.
     """
 
     SUPPORTED_OBS_MODES = ["none"]
     SUPPORTED_REWARD_MODES = ["none"]
     parking_x = 2.0  # metres
 
-    def __init__(self, pack, sample, image_size: int | None = None, **simulation):
+    def __init__(self, pack, sample, image_size=None, resize=None, **simulation):
         self.pack, self.sample = pack, sample
-        self.image_size = image_size or pack.image_size
+        self.frame_shape = frame_shape(pack, image_size, resize)
+        self.resize = resize if pack.camera_shape else None
+        self.drawn_shape = pack.camera_shape if self.resize else self.frame_shape
         simulation = dict(sim_backend="cpu", render_backend=render_backend()) | simulation
         super().__init__(robot_uids=pack.robot_uid, **simulation)
 
@@ -109,9 +124,10 @@ class PutOnPlate(BaseEnv):
     @property
     def _default_sensor_configs(self):
         """The camera sits on a body, so that turning it is setting a pose."""
-        size = self.image_size
-        lens = dict(near=0.01, far=10, mount=self.camera_mount, shader_pack="minimal")
-        return [CameraConfig("camera", sapien.Pose(), size, size, **lens, **self.pack.lens(size))]
+        height, width = self.drawn_shape
+        options = dict(near=0.01, far=10, mount=self.camera_mount, shader_pack="minimal")
+        options |= self.pack.lens(height, width)
+        return [CameraConfig("camera", sapien.Pose(), width, height, **options)]
 
     # ------------------------------------------------------------------------------------ scene
     def _load_agent(self, options):
@@ -177,7 +193,7 @@ class PutOnPlate(BaseEnv):
         self.fingers = [finger._objs[0].entity for finger in fingers]
         self.tcp_entity = self.agent.tcp._objs[0].entity
         self.plate_entity = self.plate._objs[0]
-        self.photos = self.pack.photos(self.image_size)
+        self.photos = self.pack.photos(*self.drawn_shape)
         self.table_now, self.shown = None, None
 
     def set_light(self, light: Light):
@@ -357,14 +373,16 @@ class PutOnPlate(BaseEnv):
 
     # ------------------------------------------------------------------------------------ pictures
     def picture(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the camera sees now: rgb (H, W, 3) uint8 and the id of the body in each pixel (H, W)
-        int16."""
+        """What the camera sees now: rgb (H, W, 3) uint8, and the id (int16) of the body in each
+        pixel, of rgb or of what it was resized from."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.camera.take_picture()
         rgb = self.camera.get_picture("Color")[..., :3]
         ids = self.camera.get_picture("PositionSegmentation")[..., 3]
         if self.photos is not None:
             rgb = np.where(ids[..., None] == 0, self.photos[self.table_now], rgb)
+        if self.resize:
+            rgb = resized(torch.from_numpy(rgb)[None], self.frame_shape, self.resize)[0].numpy()
         return rgb, ids
 
     def foreground(self, ids: np.ndarray) -> np.ndarray:
@@ -373,7 +391,11 @@ class PutOnPlate(BaseEnv):
         keep = np.zeros(1024, bool)
         keep[[link.per_scene_id for link in self.links]] = True
         keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
-        return keep[ids]
+        mask = keep[ids]
+        if self.resize:  # a pixel that is mostly foreground
+            mask = torch.from_numpy(np.uint8(255 * mask))[None, ..., None]
+            mask = resized(mask, self.frame_shape, self.resize)[0, ..., 0].numpy() > 127
+        return mask
 
     # What views.py asks for. Arguments have one entry per scene, of which there is one here.
     def target_moved(self, moves):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import LOCAL_RANK, Fault
+from runtime import Fault
 
 
 def view_stream(episode, alter_seed: int, elapsed: int, name: str) -> np.random.Generator:
@@ -30,14 +30,38 @@ def view_stream(episode, alter_seed: int, elapsed: int, name: str) -> np.random.
     return np.random.default_rng([alter_seed, episode.id, elapsed] + [1] * (name == "rgb_pre"))
 
 
-def shared_row(size: int, views) -> np.dtype:
+def frame_shape(pack, image_size: int | None, resize: str | None) -> tuple[int, int]:
+    """Height and width of the frames: a square, unless the camera's aspect ratio is kept."""
+    size = image_size or pack.image_size
+    if resize == "keep" and pack.camera_shape:
+        height, width = pack.camera_shape
+        return size * height // width, size
+    return size, size
+
+
+def shared_row(shape: tuple[int, int], views) -> np.dtype:
     """What one scene shows the main process: its row of an array in shared memory."""
-    picture = (size, size, 3)
-    fields = [("rgb", np.uint8, picture), ("mask", np.bool_, picture[:2]), ("state", np.float32, 8)]
+    picture = (*shape, 3)
+    fields = [("rgb", np.uint8, picture), ("mask", np.bool_, shape), ("state", np.float32, 8)]
     fields += [(name, np.uint8, picture) for name in views]
     fields += [("reward", np.float32), ("episode_return", np.float32), ("view_seconds", np.float64)]
     fields += [(name, np.bool_) for name in ("success", "success_once", "grasped")]
     return np.dtype(fields, align=True)
+
+
+def reserve(size: int):
+    """An open file of `size` bytes for the frames. They are there from now on: a worker that writes
+    to a page for which no room is left would be killed without a word."""
+    try:
+        file = tempfile.TemporaryFile()
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        lacks = f"no room for {size / 1e6:.0f} MB of frames ({error.strerror})"
+        raise Fault(
+            f"the temporary folder {tempfile.gettempdir()} has {lacks}: free some, set TMPDIR to"
+            " another folder, or use fewer --num-envs"
+        )
+    return file
 
 
 def name_of(function) -> tuple[str, str]:
@@ -52,6 +76,20 @@ def find(name: tuple[str, str]):
 
 
 # ------------------------------------------------------------ worker
+def claim_core() -> tuple[int | None, socket.socket | None]:
+    """A core that no other worker on this machine has claimed, and what holds the claim while it is
+    open. None where all are claimed: more workers than cores, of whatever jobs, share them as the
+    system sees fit."""
+    for core in sorted(os.sched_getaffinity(0)):
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0pair-vla core {core}")  # a name without a file, gone with its process
+            return core, claim
+        except OSError:  # another worker has it
+            claim.close()
+    return None, None
+
+
 def empty_tables(scenes, tables: list[int]) -> np.ndarray:
     return scenes[0].empty_tables(tables)
 
@@ -63,17 +101,18 @@ def serve(conn_fd: int, memory_fd: int):
     conn, scenes = Connection(conn_fd), []
     try:
         setup = conn.recv()
-        make, assets, image_size = find(setup["make"]), setup["assets"], setup["image_size"]
-        from scenes.task import (
-            render_backend,  # the simulator, which the main process need not import
-        )
+        make = find(setup["make"])
+        # The simulator, which the main process need not import
+        from scenes.task import render_backend
 
         if render_backend() == "sapien_cpu":
             # Mesa draws in a thread of its own, which may be slow to wake on another core
-            os.sched_setaffinity(0, {setup["core"]})
+            core, claim = claim_core()
+            if claim:
+                os.sched_setaffinity(0, {core})
         views = {name: find(view) for name, view in setup["views"].items()}
-        arrays = np.frombuffer(mmap.mmap(memory_fd, 0), shared_row(image_size, views))
-        scenes += [make(assets, image_size) for _ in setup["slots"]]
+        arrays = np.frombuffer(mmap.mmap(memory_fd, 0), shared_row(setup["shape"], views))
+        scenes += [make(*setup["scene"]) for _ in setup["slots"]]
         conn.send(("ok", None))
 
         def look(scene, slot):
@@ -128,32 +167,29 @@ class VecEnv:
     """N scenes in worker processes, all at the same step of their episodes. envs.make_envs makes
     it.
 
-    pack: the scenes' asset pack. make: (its name, image size) -> a scene, at the top of a file.
-    sample: (episode id, split name) -> Episode. views: name in the observation -> function of
-    views.py.
+    pack: the scenes' asset pack. sample: (episode id, split name) -> Episode. make: (the pack's
+    name, image size, resize) -> a scene, defined at the top of a file. views: name in the
+    observation -> function of views.py.
     """
 
-    def __init__(self, num_envs, pack, image_size, sample, make, views, num_workers):
+    def __init__(self, num_envs, pack, image_size, resize, sample, make, views, num_workers):
         self.num_envs, self.num_workers = num_envs, num_workers
         self.pack, self.sample = pack, sample
-        self.image_size = image_size or pack.image_size
         self.max_episode_steps = pack.max_episode_steps
         self.instructions: list[str] = []
         self.elapsed = 0
         self._pictures = ["rgb", "mask", "state", *views]
-        row = shared_row(self.image_size, views)
-        memory = tempfile.TemporaryFile()
-        memory.truncate(num_envs * row.itemsize)
+        shape = frame_shape(pack, image_size, resize)
+        row = shared_row(shape, views)
+        memory = reserve(num_envs * row.itemsize)
         self._arrays = np.frombuffer(mmap.mmap(memory.fileno(), 0), row)
         slots = np.array_split(np.arange(num_envs), num_workers)
         self._slots = [list(map(int, part)) for part in slots]
         self._workers = []
-        cores = sorted(os.sched_getaffinity(0))
-        first = LOCAL_RANK * num_workers  # torchrun's other processes have workers too
         code = f"import sys; sys.path[:] = {sys.path!r}; from scenes.workers import serve; serve"
-        setup = dict(make=name_of(make), assets=pack.name, image_size=self.image_size,
+        setup = dict(make=name_of(make), scene=(pack.name, image_size, resize), shape=shape,
                      views={name: name_of(view) for name, view in views.items()})  # fmt: skip
-        for i, slots in enumerate(self._slots):
+        for slots in self._slots:
             ours, theirs = socket.socketpair()
             fds = (theirs.fileno(), memory.fileno())
             # A process group of its own: Ctrl-C is the main process's to handle, from the worker's
@@ -162,8 +198,7 @@ class VecEnv:
                                        stdin=subprocess.DEVNULL, process_group=0)  # fmt: skip
             theirs.close()
             self._workers.append((process, Connection(ours.detach())))
-            core = cores[(first + i) % len(cores)]
-            self._workers[-1][1].send(dict(setup, slots=slots, core=core))
+            self._workers[-1][1].send(dict(setup, slots=slots))
         memory.close()
         self._gather()
 
@@ -211,7 +246,11 @@ class VecEnv:
         how = f"exited with code {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        hint = " (out of memory? use fewer --num-envs)" if code == -signal.SIGKILL else ""
+        hints = {
+            -signal.SIGKILL: " (out of memory? use fewer --num-envs)",
+            -signal.SIGBUS: f" (is the temporary folder {tempfile.gettempdir()} full?)",
+        }
+        hint = hints.get(code, "")
         then = "the run cannot go on, but nothing saved so far is lost"
         raise Fault(f"environment worker {process.pid} {how}{hint}; {then}")
 

@@ -1,6 +1,7 @@
 """envs.py: episodes and splits, assets, rewards, exact repetition, workers that die, the preflight. Real simulator, no
 policy."""
 
+import errno
 import itertools
 import os
 import select
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from mani_skill.agents.controllers import PDEEPoseController
 from PIL import Image
 
 import envs
+import policies
+import views
 from envs import CENTER, GRID, HALF_EDGE, HELD_OUT_YAWS, RING, TRAIN_YAWS, sample_episode
 from runtime import Fault
-from scenes import builtin, rl4vla
+from scenes import builtin, rl4vla, workers
 from scenes.task import TABLE_Z, render_backend, sapien
 from tools import preflight
 
@@ -123,7 +127,7 @@ def test_rl4vla_has_25_objects_and_21_tables():
         and pack.names[15] == "BBQ sauce"
         and pack.names[16] == "travel cup"
     )
-    photos = pack.photos(32)
+    photos = pack.photos(32, 32)
     assert photos.shape == (21, 32, 32, 3) and photos.dtype == np.uint8
     assert (
         min(np.abs(photos[i].astype(int) - photos[j]).mean() for i in range(21) for j in range(i))
@@ -470,7 +474,7 @@ def test_rl4vla_camera_and_controller(scene, start):
 @needs_rl4vla
 def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
     env = scene("rl4vla")
-    photos = env.pack.photos(96)
+    photos = env.pack.photos(96, 96)
     for split in ("train", "texture", "clutter-8", "lighting"):
         start(env, 3, split, rebuild=False)
         rgb, ids = env.picture()
@@ -483,6 +487,41 @@ def test_what_is_not_robot_object_or_plate_is_the_photograph(scene, start):
             rgb[photo], photos[env.episode.table][photo]
         )
         assert (rgb[~photo] != photos[env.episode.table][~photo]).any(-1).mean() > 0.9
+
+
+@needs_rl4vla
+@pytest.mark.parametrize("resize, shape", [("squash", (224, 224)), ("keep", (168, 224))])
+def test_rl4vla_frames_are_the_cameras_resized(start, resize, shape):
+    """As the official checkpoints have seen them: 640 x 480, antialiased; and the policies leave them as they are."""
+    env = envs.make_env("rl4vla", resize=resize)
+    start(env, 7, rebuild=False)
+    rgb, ids = env.picture()
+    mask = env.foreground(ids)
+    assert rgb.shape == (*shape, 3) and mask.shape == shape and ids.shape == (480, 640)
+    env.resize = None  # what the camera shows
+    full = env.picture()[0]
+    env.resize = resize
+    sampling = dict(squash=Image.Resampling.BICUBIC, keep=Image.Resampling.BILINEAR)[resize]
+    theirs = np.array(Image.fromarray(full).resize(shape[::-1], sampling)).astype(int)
+    assert np.abs(theirs - rgb).mean() < 0.3
+    assert 0.05 < mask.mean() < 0.5
+    empty, o_alt = env.empty_tables([3])[0], views.task_altering(env, [np.random.default_rng(0)])
+    assert empty.shape == o_alt.shape == rgb.shape
+    photo = np.array(Image.fromarray(env.photos[3]).resize(shape[::-1], sampling)).astype(int)
+    assert np.abs(photo - empty).mean() < 0.3
+
+    policy = SimpleNamespace(image_size=224, config=dict(camera_aspect=640 / 480), device="cpu")
+    network = dict(squash=policies.TokenPolicy, keep=policies.FlowPolicy)[resize]
+    seen = [network.preprocess(policy, torch.from_numpy(x.copy())[None]) for x in (rgb, full)]
+    assert torch.equal(*seen)
+
+    small = envs.make_env("rl4vla-small", 224, resize)
+    start(small, 7, rebuild=False)
+    drawn, ids = small.picture()
+    assert drawn.shape == (224, 224, 3) and ids.shape == (224, 224)
+    if resize == "squash":  # what drawing in fewer pixels costs
+        off = np.abs(drawn.astype(int) - rgb)[mask]
+        assert 2 < off.mean() < 12
 
 
 @pytest.mark.parametrize("pack", PACKS)
@@ -655,14 +694,39 @@ def its_cores(environments):
     return os.sched_getaffinity(0)
 
 
-def test_each_worker_stays_on_a_core_where_mesa_draws(shared):
-    """Mesa draws in a thread of its own, and its caller waits for it."""
-    here = sorted(os.sched_getaffinity(0))
-    cores = shared.map(its_cores, (), ())
-    if render_backend() == "sapien_cpu":
-        assert cores == [{here[0]}, {here[1 % len(here)]}]
-    else:
-        assert cores == [set(here)] * 2
+def test_no_two_workers_stay_on_one_core(alone, shared):
+    """Where Mesa draws, in a thread of its own, a worker stays on a core. Whatever job the others belong to."""
+    here = os.sched_getaffinity(0)
+    cores = [*alone.map(its_cores, ()), *shared.map(its_cores, (), ())]
+    pinned = [c for c in cores if len(c) == 1 < len(here)]
+    assert len(set.union(set(), *pinned)) == len(pinned)
+    assert all(c == here for c in cores if c not in pinned)
+    if render_backend() != "sapien_cpu":
+        assert not pinned
+
+
+def test_a_core_is_claimed_once(monkeypatch):
+    free = {1000, 1001}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: free)
+    first, second, third = (workers.claim_core() for _ in range(3))
+    assert (first[0], second[0], third) == (1000, 1001, (None, None))
+    first[1].close()
+    assert workers.claim_core()[0] == 1000
+
+
+def test_frames_that_do_not_fit_are_refused_at_once(monkeypatch):
+    """Before, a worker was killed by SIGBUS when it first wrote to a page for which there was no room."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with workers.reserve(10_000) as file:
+        assert os.fstat(file.fileno()).st_size == 10_000 <= 512 * os.fstat(file.fileno()).st_blocks
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        Fault, match="temporary folder .* no room for 2 MB of frames .No space.*TMPDIR"
+    ):
+        envs.make_envs(64, "builtin", num_workers=1)
 
 
 def test_unknown_split_is_refused_before_the_workers_hear_of_it(alone):
@@ -766,6 +830,37 @@ def test_check():
         and "mani_skill 3.0.1" in run.stdout
         and "first frame after" in run.stdout
     )
+
+
+@pytest.mark.parametrize("here", [("Darwin", "arm64"), ("Linux", "aarch64")])
+def test_check_on_a_mac_and_on_arm(monkeypatch, here):
+    monkeypatch.setattr(preflight.platform, "system", lambda: here[0])
+    monkeypatch.setattr(preflight.platform, "machine", lambda: here[1])
+    with pytest.raises(
+        Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"
+    ):
+        preflight.check("builtin")
+
+
+@pytest.mark.parametrize(
+    "version, passes", [("3, 10", 0), ("3, 11", 1), ("3, 12, 9", 1), ("3, 13", 0), ("3, 14", 0)]
+)
+def test_the_makefile_takes_the_pythons_for_which_there_are_wheels(tmp_path, version, passes):
+    """mani_skill asks for mplib==0.1.1, which has none for 3.13 and later."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$2" in *version_info*) exec {sys.executable} -c '
+        f'"import sys; sys.version_info = ({version}); ${{2#import sys; }}";; *) exit 9;; esac\n'
+    )
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    run = subprocess.run(
+        ["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    refused = "Python 3.11 or 3.12 is needed" in run.stderr
+    assert run.returncode != 0 and refused == (not passes), run.stderr
+    assert refused == ("PYTHON=python3.12" in run.stderr)
 
 
 def test_check_without_a_driver():

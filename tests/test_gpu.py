@@ -19,7 +19,7 @@ def make_one(drawn):
     pack = builtin.PACK
     sample = partial(envs.sample_episode, pack=pack)
     backends = dict(sim_backend="physx_cpu", render_backend=task.render_backend())
-    return gpu.CudaVecEnv(1, pack, None, sample, drawn, **backends)
+    return gpu.CudaVecEnv(1, pack, None, None, sample, drawn, **backends)
 
 
 def same_picture(a, b):
@@ -189,6 +189,29 @@ def test_every_robot_gets_its_look(monkeypatch):
     monkeypatch.setattr(task, "super", lambda: parent, raising=False)
     task.PutOnPlate._load_agent(env, {})
     assert looks == [(robot, pack.robot_look) for robot in (7, 8, 9)] and pack.robot_look
+
+
+@pytest.mark.parametrize("local_rank, gpus, found", [
+    (0, ["cuda:0", "cuda:1", "cuda"], "sapien_cuda:0"),
+    (1, ["cuda:0", "cuda:1", "cuda"], "sapien_cuda:1"),
+    (1, ["cuda:0", "cuda"], "sapien_cuda"),  # its launcher shows each rank one GPU
+    (1, [], "sapien_cpu"),
+])  # fmt: skip
+def test_the_workers_of_a_rank_draw_on_its_own_gpu(monkeypatch, local_rank, gpus, found):
+    def device(name):
+        if name not in gpus:
+            raise RuntimeError(f'failed to find device "{name}"')
+        return SimpleNamespace(can_render=lambda: True)
+
+    monkeypatch.setattr(task, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(sapien, "Device", device)
+    assert task.render_backend() == found
+    drawn = []
+    monkeypatch.setattr(
+        task.BaseEnv, "__init__", lambda self, **k: drawn.append(k["render_backend"])
+    )
+    task.PutOnPlate(builtin.PACK, None)
+    assert drawn == [found]
 
 
 def test_which_simulator(monkeypatch, tmp_path, capsys):

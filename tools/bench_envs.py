@@ -11,7 +11,6 @@ About five minutes.
     python tools/bench_envs.py --pair          # an iteration of ppo_pair.py without and with pairs
 """
 
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -82,7 +81,7 @@ SCALE = np.array([0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0])  # of random actions
 PLAYING = {}  # which step function each vector environment is in the middle of an episode for
 
 
-def episodes(vec: envs.VecEnv, split: str = "train", chunk: int = 1):
+def episodes(vec, split: str = "train", chunk: int = 1):
     """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets
     are part of the time)."""
     episode = [0]
@@ -229,11 +228,13 @@ def iteration_table(args: Args):
     """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are
     windows."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    pair = ppo_pair.Args(**ppo_pair.TABLE_3["openvla-tiny"])
-    pair.target_kl = 0.0  # no update ends early
+    pair = ppo_pair.preset("openvla-tiny", target_kl=0.0)  # no update ends early
+    ppo = ppo_pair.preset("openvla-tiny", target_kl=0.0, inv_coef=0.0, sen_coef=0.0)
     policy = policies.load_policy("openvla-tiny", sft.warm_start("openvla-tiny"))
     policy.detach_value = pair.detach_value
-    optimizer = torch.optim.AdamW([dict(params=list(policy.parameters()), lr=1e-6)])
+    head = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if all(p is not q for q in head)]
+    optimizer = torch.optim.AdamW([dict(params=actor), dict(params=head)], lr=1e-6)
     with (
         envs.make_envs(pair.num_envs) as plain,
         envs.make_envs(pair.num_envs, alter=views.task_altering) as altered,
@@ -241,10 +242,7 @@ def iteration_table(args: Args):
         tables, seconds = plain.backgrounds(), []
         for i in range(args.windows):
             row = []
-            for vec, one in (
-                (plain, dataclasses.replace(pair, inv_coef=0.0, sen_coef=0.0)),
-                (altered, pair),
-            ):
+            for vec, one in ((plain, ppo), (altered, pair)):
                 start = time.perf_counter()
                 batch, _ = ppo_pair.rollout(one, policy, vec, itertools.count(1000 * i), "cpu")
                 middle = time.perf_counter()

@@ -3,6 +3,7 @@ install."""
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,12 @@ def draw_two_frames(assets: str):
 
 def check(assets: str):
     """Prints what is here. Raises Fault with what to install where no picture comes out."""
+    system, processor = platform.system(), platform.machine()
+    if (system, processor) != ("Linux", "x86_64"):
+        raise Fault(
+            f"the simulator runs on Linux with an x86-64 processor, and this is {system} on"
+            f" {processor}: Flatland needs no simulator, use --backbone openvla-flat or pi05-flat"
+        )
     find_pack(assets)
     names = ("torch", "mani_skill", "sapien", "transformers")
     print("python", sys.version.split()[0], *(f"| {name} {version(name)}" for name in names))

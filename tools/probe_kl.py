@@ -56,7 +56,7 @@ def main(args: Args):
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
         part, frames = ids[start : start + 256], []
-        drawn = dict(image_size=first.image_size, alter=views.task_altering)
+        drawn = dict(image_size=first.image_size, resize=first.resize, alter=views.task_altering)
         with make_envs(len(part), args.assets, **drawn) as vec:
             obs, done = vec.reset(part, "train"), torch.tensor([False])
             tables = vec.backgrounds(range(pack.train_tables, pack.num_tables))
