@@ -599,7 +599,7 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         content = read_json(args_json)
         if not isinstance(content, dict):
             raise Fault(f"{args_json} is damaged (no JSON object): use another checkpoint")
-        saved |= content | content.get("policy", {})
+        saved |= content
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
@@ -674,8 +674,12 @@ def main(args: Args):
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
         make_envs(
-            num_envs, assets, sim=sim, num_workers=workers,
-            image_size=policy.image_size, resize=policy.resize,
+            num_envs,
+            assets,
+            sim=sim,
+            num_workers=workers,
+            image_size=policy.image_size,
+            resize=policy.resize,
         ) as envs,  # fmt: skip
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):

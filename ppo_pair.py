@@ -74,7 +74,7 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Args:
     backbone: str = "openvla-tiny"
-    """openvla, pi05, pi0, or for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat: chooses the
+    """openvla, pi05, pi0; for a CPU openvla-tiny, pi05-tiny, openvla-flat, pi05-flat. Chooses the
     defaults below"""
     checkpoint: str | None = None
     """warm start: a directory, or OWNER/NAME[@REVISION] on the Hub; None: the backbone's own"""

@@ -206,7 +206,9 @@ class FlatEnvs:
         assert len(episode_ids) == len(splits) == self.num_envs
         known = {name: self.parse_split(name) for name in set(splits)}
         if any(s.cameras != (0.0,) for s in known.values()):
-            raise Fault("--assets flat has no camera that turns: leave --pre-view camera and camera splits out")
+            raise Fault(
+                "--assets flat has no camera that turns: leave --pre-view camera and camera splits out"
+            )
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
         self.ids, self.alter_seed, self.elapsed = np.asarray(episode_ids, np.int64), alter_seed, 0
         self.target, self.table, self.light = (

@@ -723,7 +723,9 @@ def test_frames_that_do_not_fit_are_refused_at_once(monkeypatch):
     with workers.reserve(10_000) as file:
         assert os.fstat(file.fileno()).st_size == 10_000 <= 512 * os.fstat(file.fileno()).st_blocks
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(Fault, match="temporary folder .* no room for 2 MB of frames .No space.*TMPDIR"):
+    with pytest.raises(
+        Fault, match="temporary folder .* no room for 2 MB of frames .No space.*TMPDIR"
+    ):
         envs.make_envs(64, "builtin", num_workers=1)
 
 
@@ -834,11 +836,15 @@ def test_check():
 def test_check_on_a_mac_and_on_arm(monkeypatch, here):
     monkeypatch.setattr(preflight.platform, "system", lambda: here[0])
     monkeypatch.setattr(preflight.platform, "machine", lambda: here[1])
-    with pytest.raises(Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"):
+    with pytest.raises(
+        Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"
+    ):
         preflight.check("builtin")
 
 
-@pytest.mark.parametrize("version, passes", [("3, 10", 0), ("3, 11", 1), ("3, 12, 9", 1), ("3, 13", 0), ("3, 14", 0)])
+@pytest.mark.parametrize(
+    "version, passes", [("3, 10", 0), ("3, 11", 1), ("3, 12, 9", 1), ("3, 13", 0), ("3, 14", 0)]
+)
 def test_the_makefile_takes_the_pythons_for_which_there_are_wheels(tmp_path, version, passes):
     """mani_skill asks for mplib==0.1.1, which has none for 3.13 and later."""
     python = tmp_path / "python"
@@ -849,7 +855,9 @@ def test_the_makefile_takes_the_pythons_for_which_there_are_wheels(tmp_path, ver
     python.chmod(0o755)
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
-    run = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        ["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
+    )
     refused = "Python 3.11 or 3.12 is needed" in run.stderr
     assert run.returncode != 0 and refused == (not passes), run.stderr
     assert refused == ("PYTHON=python3.12" in run.stderr)

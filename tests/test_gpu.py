@@ -207,7 +207,9 @@ def test_the_workers_of_a_rank_draw_on_its_own_gpu(monkeypatch, local_rank, gpus
     monkeypatch.setattr(sapien, "Device", device)
     assert task.render_backend() == found
     drawn = []
-    monkeypatch.setattr(task.BaseEnv, "__init__", lambda self, **k: drawn.append(k["render_backend"]))
+    monkeypatch.setattr(
+        task.BaseEnv, "__init__", lambda self, **k: drawn.append(k["render_backend"])
+    )
     task.PutOnPlate(builtin.PACK, None)
     assert drawn == [found]
 

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from backbones import files
 from safetensors.torch import load_file
 from toy import Toy, in_float64, make_envs, toy_policy
 
@@ -30,6 +29,7 @@ import evaluate
 import policies
 import ppo_pair
 import runtime
+from backbones import files
 
 ROOT = Path(__file__).parents[1]
 FLAGS = """--num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
