@@ -285,9 +285,10 @@ def make_envs(
         from scenes.flat import FlatEnvs
 
         if image_size not in (None, pack.image_size):
-            wanted = f"{image_size} x {image_size}"
-            raise Fault(f"--assets flat is drawn in 32 x 32 pixels and this backbone wants {wanted}: "
-                        "use a backbone whose name ends in -flat")  # fmt: skip
+            raise Fault(
+                f"--assets flat is drawn in 32 x 32 pixels, and this backbone wants {image_size} x"
+                f" {image_size}: use one whose name ends in -flat"
+            )
         return FlatEnvs(num_envs, parse_split, views)
     sample = partial(sample_episode, pack=pack)
     if choose_sim(sim) == "cuda":

@@ -670,7 +670,7 @@ def main(args: Args):
     policy = load_policy(saved["backbone"], checkpoint, device=device, **settings)
     num_envs = min(args.num_envs, args.num_episodes)
     assets = args.assets or saved["assets"]
-    workers = max(1, len(os.sched_getaffinity(0)) // runtime.LOCAL_WORLD)
+    workers = runtime.own_cores()
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
         make_envs(

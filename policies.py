@@ -100,6 +100,9 @@ class Policy(Protocol):
     def sft_loss(self, obs, instructions, unit, prompt=None, **smoothing) -> torch.Tensor:
         """Behaviour cloning of unit (B, n, 7), n = 1 ... horizon -> scalar."""
 
+    def look(self, rgb):
+        """A pass through the modules of `vision_parts`, and no further."""
+
     def vision_parts(self) -> list[nn.Module]:
         """Modules that put out patch features (B, n, D); last, what the language model gets."""
 

@@ -196,7 +196,8 @@ def own_device(cuda: bool) -> torch.device:
 
 def own_cores() -> int:
     """How many cores this rank may keep busy."""
-    return max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD)
+    here = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return max(1, here // LOCAL_WORLD)
 
 
 def check_shares(args):

@@ -12,6 +12,7 @@ privileged state and acts through the same 7-D actions.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -27,35 +28,53 @@ from torch import nn
 from tqdm import tqdm
 
 import policies
-from envs import CENTER, find_pack, make_envs
+from envs import find_pack, make_envs
 from runtime import Fault, command_line, episode_ids, whole_directory
 
 
 @dataclass
 class Args:
     backbone: str = "openvla-tiny"
-    """a tiny backbone: the big ones come with their own warm start"""
+    """a small backbone: the big ones come with their own warm start. It chooses the defaults"""
     out: str = "runs/sft"
     """where the checkpoint goes"""
+    assets: str = "builtin"
+    """asset pack: builtin, or flat (no simulator)"""
     seed: int = 0
     """seed of everything"""
     scenes: int = 1200
     """episodes with four distractors for pretraining"""
-    demos: int = 4000
-    """scripted episodes for behaviour cloning, half without a distractor; those that fail are left
-    out"""
+    demos: int = 2500
+    """scripted episodes for behaviour cloning; those that fail are left out"""
+    distractor_share: float = 0.0
+    """share of them with a distractor (the paper's demonstrations have none, A.1)"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
-    clone_steps: int = 5000
-    """optimizer steps of behaviour cloning (with grounding kept up)"""
+    clone_steps: int = 3600
+    """optimizer steps of behaviour cloning"""
+    grounding: bool = True
+    """both stages ask where things are"""
+    keep_seeing: bool = False
+    """segmentation and alignment go on in behaviour cloning"""
     batch_size: int = 64
     """frames per optimizer step"""
     learning_rate: float = 1.4e-3
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
-# Where the hand works, metres: the grounding task writes places in it as numbers in [-1, 1]
-GROUND_CENTER, GROUND_SCALE = np.array([*CENTER, 0.9695]), np.array([0.25, 0.25, 0.12])
+FLAT = dict(assets="flat", scenes=4096, demos=8192, pretrain_steps=900, clone_steps=900,
+            grounding=False, keep_seeing=True, batch_size=128, learning_rate=3e-3)  # fmt: skip
+DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": {}, "openvla-flat": FLAT, "pi05-flat": FLAT}
+
+
+def preset(backbone: str = "openvla-tiny", **changes) -> Args:
+    """The Args of a backbone, with `changes`."""
+    if backbone not in DEFAULTS:
+        raise Fault(
+            f"--backbone {backbone}: sft.py warm-starts {', '.join(DEFAULTS)};"
+            " the big ones come with a checkpoint"
+        )
+    return Args(**{"backbone": backbone} | DEFAULTS[backbone] | changes)
 
 
 def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
@@ -97,6 +116,31 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
         episode = {k: np.array(v) for k, v in frames.items()}
         success = bool(env.success)
         episodes.append(dict(episode, objects=np.array(ids), id=episode_id, success=success))
+    return episodes
+
+
+def collect_flat(vec, split: str, ids: range, noise: float, rate: float, seed: int) -> list[dict]:
+    """`collect` in Flatland, where all environments play at once. In `classes` is every second
+    pixel."""
+    episodes, pack = [], vec.pack
+    for start in range(0, len(ids), vec.num_envs):
+        part = list(ids[start : start + vec.num_envs])
+        obs = vec.reset(part + part[:1] * (vec.num_envs - len(part)), split)
+        rng = np.random.default_rng([seed, part[0]])
+        frames, done = [], torch.zeros(1)
+        while not done.all():
+            action, labels = vec.oracle(), vec.labels()
+            seen = dict(rgb=obs["rgb"].numpy(), action=action[:, 0].numpy())
+            frames.append(seen | labels)
+            moved = rng.random((vec.num_envs, 1, 1)) < rate
+            moved = moved * rng.normal(0, noise * pack.largest_move, action.shape)
+            obs, _, done, info = vec.step(action + torch.from_numpy(moved).float())
+        for i, episode_id in enumerate(part):
+            e = {name: np.stack([frame[name][i] for frame in frames]) for name in frames[0]}
+            objects = e.pop("objects")[0]
+            e |= dict(objects=objects[objects >= 0], success=bool(info["success"][i]))
+            e["object_xyz"] = e["object_xyz"][:, : len(e["objects"])]
+            episodes.append(dict(e, id=episode_id))
     return episodes
 
 
@@ -153,18 +197,18 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     )
 
 
-def grounding_answers(batch, names):
+def grounding_answers(batch, pack):
     """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x,
     y, the plate's x, y, the hand's x, y, z, scaled to [-1, 1]."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
-    unit = (places - torch.from_numpy(GROUND_CENTER).float()) / torch.from_numpy(
-        GROUND_SCALE
-    ).float()
+    center, scale = (torch.tensor(x, dtype=torch.float32) for x in pack.workspace)
+    unit = (places - center) / scale
     answers = torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)[:, None]
-    return [names[i] for i in batch["object_ids"].gather(1, pick)[:, 0].tolist()], answers
+    asked = batch["object_ids"].gather(1, pick)[:, 0].tolist()
+    return [f"the {pack.names[i]}" for i in asked], answers
 
 
 QUESTION = "where is {instruction} <out>"
@@ -202,16 +246,15 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
-    names = find_pack("builtin").names
+    pack = find_pack(args.assets)
     # Of the towers and the projector in the last forward pass: read here without a second pass
     features = []
     hooks = [
         part.register_forward_hook(lambda _, __, out: features.append(out))
         for part in policy.vision_parts()
     ]
-    scale = nn.Parameter(
-        torch.tensor([1.5, -4.0])
-    )  # of the alignment: log inverse temperature, bias
+    # Of the alignment: log inverse temperature, bias
+    scale = nn.Parameter(torch.tensor([1.5, -4.0]))
 
     def sample(frames, n):
         inds = torch.randint(len(frames["rgb"]), (n,))
@@ -221,40 +264,49 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return pretraining if torch.rand(()) < 0.6 else demos
 
     def grounding(batch):
-        asked, answers = grounding_answers(batch, names)
-        return policy.sft_loss(
-            batch, [f"the {name}" for name in asked], answers, QUESTION, sigma=3.0
-        )
+        return policy.sft_loss(batch, *grounding_answers(batch, pack), QUESTION)
 
     def tasks(batch):
-        return [f"put {names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
+        return [f"put {pack.names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
 
     def cloning(batch, **options):
         return policy.sft_loss(batch, tasks(batch), policy.to_unit(batch["chunk"]), **options)
 
+    def seeing(batch):
+        """Of the features of the pass before."""
+        classes = batch["classes"]
+        alignment = alignment_loss(policy, features[-1], classes, pack.names, scale)
+        segmentation = segmentation_loss(torch.cat(features[:-1], -1), classes, head)
+        return dict(segmentation=segmentation, alignment=2 * alignment)
+
     def stage_1():
         features.clear()
-        batch = sample(either(), args.batch_size)
-        loss = grounding(batch)
-        return dict(
-            grounding=loss,
-            segmentation=segmentation_loss(torch.cat(features[:-1], -1), batch["classes"], head),
-            alignment=2 * alignment_loss(policy, features[-1], batch["classes"], names, scale),
-        )
+        batch, losses = sample(either(), args.batch_size), {}
+        if args.grounding:
+            losses["grounding"] = grounding(batch)
+        else:
+            policy.look(batch["rgb"])
+        return losses | seeing(batch)
 
     def stage_2():
         features.clear()
-        return dict(cloning=cloning(sample(demos, args.batch_size)),
-                    grounding=0.7 * grounding(sample(either(), args.batch_size // 2)))  # fmt: skip
+        batch = sample(demos, args.batch_size)
+        losses = dict(cloning=cloning(batch))
+        if args.keep_seeing:
+            losses |= seeing(batch)
+        if args.grounding:
+            losses["grounding"] = 0.7 * grounding(sample(either(), args.batch_size // 2))
+        return losses
 
     batch = sample(pretraining, 1)
-    grounding(batch)
+    policy.look(batch["rgb"])
     head = nn.Linear(
         sum(f.shape[-1] for f in features[:-1]),
         28 * batch["classes"][0].numel() // features[0].shape[1],
     )
-    train(policy, args.pretrain_steps, args, "pretraining", stage_1, [*head.parameters(), scale])
-    train(policy, args.clone_steps, args, "behaviour cloning", stage_2)
+    heads = [*head.parameters(), scale]
+    train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads)
+    train(policy, args.clone_steps, args, "behaviour cloning", stage_2, heads)
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
@@ -287,8 +339,9 @@ def cache_key(args: Args) -> str:
     model's and its loss."""
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    files = ("sft.py", "envs.py", "policies.py", "scenes/task.py", "scenes/builtin.py")
-    parts += [(here / name).read_text() for name in files]
+    files = [here / name for name in ("sft.py", "envs.py", "policies.py")]
+    files += [*sorted(here.glob("scenes/*.py")), *sorted(here.glob("backbones/*.py"))]
+    parts += [file.read_text() for file in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -298,7 +351,7 @@ def warm_start(backbone: str) -> Path:
     shipped = Path(__file__).parent / "warmstart" / backbone
     if shipped.is_dir():
         return shipped
-    args = Args(backbone=backbone)
+    args = preset(backbone)
     cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
     if not cached.is_dir():
         print(
@@ -310,27 +363,24 @@ def warm_start(backbone: str) -> Path:
 
 
 def main(args: Args):
-    if not args.backbone.endswith("-tiny"):
-        raise Fault(
-            f"--backbone {args.backbone}: sft.py warm-starts tiny backbones;"
-            " the big ones come with a checkpoint"
-        )
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Fault(f"cannot write to --out {out}: {error.strerror}")
     untrained = policies.load_policy(args.backbone)
-    with make_envs(2, image_size=untrained.image_size) as vec:
+    flat = args.assets == "flat"
+    gather = collect_flat if flat else collect_parallel
+    with make_envs(256 if flat else 2, args.assets, image_size=untrained.image_size) as vec:
         ids = episode_ids("scenes", 0, 0, args.scenes)
-        scenes = collect_parallel(vec, "busy", ids, 0.5, 0.5, args.seed)
+        scenes = gather(vec, "busy", ids, 0.5, 0.5, args.seed)
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that
         # acts in chunks gets fewer.
-        half, how = args.demos // 2, (0.25, 1 / max(2, untrained.horizon), args.seed)
-        demos = collect_parallel(vec, "bare", episode_ids("demos", 0, 0, half), *how)
-        ids = episode_ids("mixed demos", 0, 0, args.demos - half)
-        demos += collect_parallel(vec, "train", ids, *how)
-        held_out = collect_parallel(vec, "train", episode_ids("held-out demos", 0, 0, 64), *how)
+        how = (0.25, 1 / max(2, untrained.horizon), args.seed)
+        mixed = round(args.demos * args.distractor_share)
+        demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos - mixed), *how)
+        demos += gather(vec, "train", episode_ids("mixed demos", 0, 0, mixed), *how)
+        held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(
         args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
@@ -342,5 +392,12 @@ def main(args: Args):
     print(f"warm start saved in {out}")
 
 
+def parse() -> Args:
+    """The command line. --backbone chooses the defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--backbone", default="openvla-tiny")
+    return tyro.cli(Args, default=preset(first.parse_known_args()[0].backbone))
+
+
 if __name__ == "__main__":
-    command_line(lambda: main(tyro.cli(Args)))
+    command_line(lambda: main(parse()))

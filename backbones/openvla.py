@@ -429,6 +429,10 @@ class OpenVLANetwork(nn.Module):
         return head["head_l3"](F.gelu(head["head_l2"](F.gelu(head["head_l1"](x))))).squeeze(-1)
 
     # ---------------------------------------------------------- what sft.py teaches besides actions
+    def look(self, rgb):
+        """A pass through the modules of `vision_parts`, and no further."""
+        self.embed(self.preprocess(rgb), torch.zeros(len(rgb), 1, dtype=torch.long))
+
     def vision_parts(self):
         """The modules whose outputs are the patch features (B, n, D): of each tower; last, as Llama
         gets them."""

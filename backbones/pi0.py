@@ -611,6 +611,10 @@ class Pi0Network(nn.Module):
         return self.value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
 
     # ---------------------------------------------------------- what sft.py teaches besides actions
+    def look(self, rgb):
+        """A pass through the modules of `vision_parts`, and no further."""
+        self.see(self.preprocess(rgb))
+
     def vision_parts(self):
         """The modules whose outputs are the patch features (B, n, D): of the tower; as Gemma gets
         them."""

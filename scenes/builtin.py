@@ -203,6 +203,8 @@ class BuiltinPack:
     # Steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter ones)
     grasp_streak = 2
     largest_move, largest_turn = 0.06, 0.8  # of the oracle in one control step: metres, radians
+    # The box in which the hand works, centre and half size: sft.py writes places as -1 to 1 in it
+    workspace = (-0.16, 0.0, TABLE_Z + 0.1), (0.25, 0.25, 0.12)
     names = [name for name, _, _ in OBJECTS]
     # The first of each are for training, the others are held out
     train_objects, train_tables, num_tables = 16, 16, 21

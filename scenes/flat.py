@@ -91,7 +91,9 @@ class FlatPack:
         map(tuple, np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS]))
     )
     names = [" ".join(kind) for kind in kinds]
-    train_objects, train_tables, train_lights = 16, 16, 1
+    train_objects, train_tables, train_lights, num_tables = 16, 16, 1, 21
+    largest_move = METRES  # of the oracle in one step
+    workspace = (16.0, 16.0, 0.0), (16.0, 16.0, 1.0)  # centre and half size in pixels: see sft.py
     textures = np.stack([texture(i) for i in range(21)])
     lights = light_gains()
 
@@ -193,7 +195,8 @@ class FlatEnvs:
     no distractors) are drawn besides.
     """
 
-    num_workers, image_size, max_episode_steps = 1, PACK.image_size, PACK.max_episode_steps
+    pack, num_workers = PACK, 1
+    image_size, max_episode_steps = PACK.image_size, PACK.max_episode_steps
     alter_sigma = 6.0  # pixels: what Eq. (3) moves the target by
 
     def __init__(self, num_envs: int, parse_split, views=()):
@@ -210,7 +213,8 @@ class FlatEnvs:
                 "--assets flat has no camera that turns: leave --pre-view camera and camera splits out"
             )
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
-        self.ids, self.alter_seed, self.elapsed = np.asarray(episode_ids, np.int64), alter_seed, 0
+        self.episode, self.ids = episode, np.asarray(episode_ids, np.int64)
+        self.alter_seed, self.elapsed = alter_seed, 0
         self.target, self.table, self.light = (
             episode["objects"][:, 0],
             episode["table"],
@@ -300,6 +304,23 @@ class FlatEnvs:
         """(K, SIZE, SIZE, 3) uint8: tables (default: those of training) with nothing on them."""
         tables = range(PACK.train_tables) if tables is None else tables
         return torch.from_numpy(PACK.textures[list(tables)])
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """What sft.py teaches to see: classes (N, SIZE / 2, SIZE / 2) uint8 of every second pixel (0
+        table, 1 + index of an object, 26 plate, 27 hand); where (N, 2, 3) plate and hand; objects
+        (N, 1 + K) indices, the target first, -1 where there is none; object_xyz (N, 1 + K, 3)."""
+        kinds, at = self.episode["objects"], self.episode["at"].astype(np.float32)[:, 1:]
+        at[:, 0] = self.at
+        canvas = np.zeros_like(self.still)
+        stamp(canvas, self.plate, PLATE, np.uint32(26))
+        for i in [*range(1, kinds.shape[1]), 0]:
+            shown = SPRITES[kinds[:, i]] & (kinds[:, i] >= 0)[:, None, None]
+            stamp(canvas, at[:, i], shown, (1 + kinds[:, i]).astype(np.uint32))
+        stamp(canvas, self.hand, HAND, np.uint32(27))
+        places = np.concatenate([self.plate[:, None], self.hand[:, None], at], 1)
+        places = np.pad(places, ((0, 0), (0, 0), (0, 1)))  # everything lies at height 0
+        classes = canvas[:, PAD:-PAD:2, PAD:-PAD:2].astype(np.uint8)
+        return dict(classes=classes, where=places[:, :2], objects=kinds, object_xyz=places[:, 2:])
 
     def oracle(self) -> torch.Tensor:
         """Actions (N, 1, 7) from what the scene is now: to the target, and with it to the plate."""

@@ -11,6 +11,7 @@ import sapien
 import torch
 from transforms3d.euler import euler2quat
 
+import envs
 import policies
 import sft
 from runtime import Fault
@@ -105,36 +106,70 @@ def test_without_that_turn_the_oracle_fails(env, start, monkeypatch):
 def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(
     env, monkeypatch, rate
 ):
-    moves, step = [], env.step
+    moves, labels, step = [], [], env.step
     monkeypatch.setattr(env, "step", lambda action: (moves.append(action), step(action))[1])
-    labels = sft.collect([env], "bare", [200_000, 200_001], 0.25, rate, 0)
-    labels = np.concatenate(
-        [e["action"][: len(e["action"]) - e["success"]] for e in labels]
-    )  # no step after the last frame
+    for episode_id in (200_000, 200_001):
+        (episode,) = sft.collect([env], "bare", [episode_id], 0.25, rate, 0)
+        labels += [*episode["action"]][: len(moves) - len(labels)]  # a last frame may have no step
+    labels = np.array(labels)
     moved = (labels != np.array(moves)).any(1).mean()
     assert moved == rate if rate in (0, 1) else 0.1 < moved < 0.6
     assert (np.abs(labels[:, :3]) <= builtin.PACK.largest_move + 1e-6).all()
 
 
+@pytest.mark.parametrize("share, mixed", [(0.0, 0), (0.25, 625)])
 @pytest.mark.parametrize(("backbone", "rate"), [("openvla-tiny", 1 / 2), ("pi05-tiny", 1 / 8)])
-def test_a_policy_that_acts_in_chunks_sees_fewer_disturbances(
-    monkeypatch, tmp_path, backbone, rate
-):
-    asked = {}
+def test_what_is_demonstrated(monkeypatch, tmp_path, backbone, rate, share, mixed):
+    """Scenes without a distractor (A.1) but for a share; a policy that acts in chunks sees fewer disturbances."""
+    asked = []
     monkeypatch.setattr(sft, "make_envs", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(
-        sft,
-        "collect_parallel",
-        lambda _, split, ids, *how: asked.setdefault((split, ids[0]), how) and [],
-    )
+    monkeypatch.setattr(sft, "collect_parallel", lambda _, *how: asked.append(how) or [])
     monkeypatch.delattr(sft, "flatten")  # it ends there
     with pytest.raises(NameError):
-        sft.main(sft.Args(backbone=backbone, out=str(tmp_path / "out")))
-    assert (
-        asked.pop(("busy", 0)) == (0.5, 0.5, 0)
-        and set(asked.values()) == {(0.25, rate, 0)}
-        and len(asked) == 3
+        sft.main(sft.preset(backbone, out=str(tmp_path / "out"), distractor_share=share))
+    assert sft.preset(backbone).distractor_share == 0
+    scenes, *demos = [(split, len(ids), how) for split, ids, *how in asked]
+    assert scenes == ("busy", 1200, [0.5, 0.5, 0])
+    how = [0.25, rate, 0]
+    assert demos == [("bare", 2500 - mixed, how), ("train", mixed, how), ("bare", 64, how)]
+    ids = [set(ids) for _, ids, *_ in asked]
+    assert len(set.union(*ids)) == sum(map(len, ids))  # no episode is used twice
+
+
+def test_flatland_demonstrates_what_it_shows():
+    """Its frames have the simulator's labels: what is where, and the oracle's action, undisturbed."""
+    vec = envs.make_envs(8, "flat")
+    episodes = sft.collect_flat(vec, "busy", range(10), 0.5, 0.5, 0)
+    assert [e["id"] for e in episodes] == list(range(10))
+    frames = sft.flatten(episodes, 8)
+    names = vec.pack.names
+    assert frames["rgb"].shape == (60, 32, 32, 3) and frames["classes"].shape == (60, 16, 16)
+    assert frames["object_ids"].shape == (60, 5) and (frames["object_ids"] >= 0).all()
+    obs = vec.reset(range(8), "busy")
+    assert vec.instructions == [
+        f"put {names[i]} on plate" for i in frames["object_ids"][:48:6, 0].tolist()
+    ]
+    assert torch.equal(obs["rgb"], frames["rgb"][:48:6])
+    assert torch.equal(vec.oracle()[:, 0], frames["action"][:48:6])
+    for classes, objects, xyz, where, rgb in zip(
+        *(frames[k] for k in ("classes", "object_ids", "object_xyz", "where", "rgb"))
+    ):
+        assert set(classes.unique().tolist()) <= {0, 26, 27, *(1 + objects).tolist()}
+        for kind, (row, column, _) in zip((*objects, 25, 26), (*xyz, *where)):
+            spot = (
+                classes == 1 + kind
+            ).nonzero().float() * 2  # half of a thing's pixels at least are where it is said to be
+            assert (
+                not len(spot)
+                or (spot - torch.tensor([row, column])).abs().max(1).values.median() <= 3.5
+            )
+        assert (rgb[::2, ::2][classes == 27].int() == 20).all()  # the hand
+    wins = sft.collect_flat(vec, "bare", range(64), 0.25, 0.5, 0)
+    assert np.mean([e["success"] for e in wins]) > 0.95 and all(
+        len(e["objects"]) == 1 for e in wins
     )
+    moved = sft.collect_flat(vec, "bare", range(64), 0.0, 0.5, 0)
+    assert any((a["where"] != b["where"]).any() for a, b in zip(wins, moved))
 
 
 def test_chunks_are_the_actions_that_follow(episodes, frames):
@@ -150,19 +185,15 @@ def test_chunks_are_the_actions_that_follow(episodes, frames):
 
 def test_grounding_answers_are_the_places_asked_for(frames):
     torch.manual_seed(0)
-    asked, answers = sft.grounding_answers(frames, NAMES)
+    asked, answers = sft.grounding_answers(frames, builtin.PACK)
     assert answers.shape == (len(asked), 1, 7)
+    center, scale = map(torch.tensor, builtin.PACK.workspace)
     for i, name in enumerate(asked):
         ids = frames["object_ids"][i].tolist()
-        xyz = frames["object_xyz"][i, ids.index(NAMES.index(name))]
+        xyz = frames["object_xyz"][i, ids.index(NAMES.index(name.removeprefix("the ")))]
         places = torch.cat([xyz[:2], frames["where"][i, 0, :2], frames["where"][i, 1]])
-        scale = torch.tensor(
-            [*sft.GROUND_SCALE[:2], *sft.GROUND_SCALE[:2], *sft.GROUND_SCALE]
-        ).float()
-        center = torch.tensor(
-            [*sft.GROUND_CENTER[:2], *sft.GROUND_CENTER[:2], *sft.GROUND_CENTER]
-        ).float()
-        torch.testing.assert_close(answers[i, 0] * scale + center, places)
+        scales, centers = (torch.cat([x[:2], x[:2], x]) for x in (scale, center))
+        torch.testing.assert_close(answers[i, 0] * scales + centers, places)
 
 
 def test_token_loss_is_least_for_the_right_tokens(frames):
@@ -223,8 +254,8 @@ def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
 
 
 def test_a_big_backbone_is_refused():
-    with pytest.raises(Fault, match="tiny"):
-        sft.main(sft.Args(backbone="openvla"))
+    with pytest.raises(Fault, match="openvla-tiny.*come with a checkpoint"):
+        sft.preset("openvla")
 
 
 def test_the_cache_key_depends_on_flags_but_not_on_the_place():

@@ -1,8 +1,10 @@
 """One contact sheet: the same six episodes in every split, and the views of a frame with their
-mask.
+mask. Or the pair of one frame: o, M, b, o_pre, o_alt.
 
 python envs.py --gallery docs/gallery.png
 python envs.py --gallery docs/gallery_rl4vla.png --assets rl4vla
+python tools/gallery.py --pair docs/pair.png
+python tools/gallery.py --pair pair.png --assets flat    # without a simulator
 """
 
 import sys
@@ -18,17 +20,18 @@ from PIL import Image, ImageDraw, ImageFont
 from tyro.conf import Positional
 
 import views
-from envs import make_env
+from envs import make_env, make_envs
 from runtime import Fault, command_line
-from scenes.task import TABLE_Z
 
 
 @dataclass
 class Args:
-    file: Positional[str]
-    """PNG file to draw"""
+    file: Positional[str] = ""
+    """PNG file to draw the sheet in"""
+    pair: str = ""
+    """PNG file to draw one pair in"""
     assets: str = "builtin"
-    """asset pack that is drawn: builtin or rl4vla"""
+    """asset pack that is drawn: builtin or rl4vla, and with --pair flat"""
 
 
 ABOUT = {
@@ -41,9 +44,12 @@ ABOUT = {
     "camera-15": "and the other way",
 }
 
+PAIR_EPISODE, PAIR_SEED, PAIR_TABLE = 1, 1, 9  # a frame in which the pair is easy to see
+
 
 def pictures(env) -> list:
     """Rows of (title, text, six pictures, captions or None)."""
+    from scenes.task import TABLE_Z
 
     def reset(episode_id, split):
         env.reset(seed=0, options=dict(episodes=[env.sample(episode_id, split)]))
@@ -98,16 +104,50 @@ def pictures(env) -> list:
     return rows
 
 
-def draw_sheet(file: str, assets: str, tile: int = 224):
-    """Writes the PNG `file`; tile: pixels of one picture. Raises Fault when it cannot be
-    written."""
+def check_file(file: str):
     if not file.endswith(".png"):
-        raise Fault(f"{file}: the name must end in .png")
+        raise Fault(f"{file!r} is no name of a picture: it must end in .png")
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         open(file, "ab").close()
     except OSError as error:
         raise Fault(f"cannot write {file}: {error.strerror}")
+
+
+def save(sheet: Image.Image, file: str):
+    palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
+    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
+    print(f"{file}: {sheet.width} x {sheet.height} pixels")
+
+
+def draw_pair(file: str, assets: str, tile: int = 224):
+    """Writes the PNG `file`: a frame, its mask, a background, and its two views."""
+    check_file(file)
+    size = None if assets == "flat" else tile
+    with make_envs(1, assets, image_size=size, num_workers=1, alter=views.task_altering) as vec:
+        obs = vec.reset([PAIR_EPISODE], "train", alter_seed=PAIR_SEED)
+        empty = vec.backgrounds([PAIR_TABLE])
+    shown = {
+        "o": obs["rgb"][0],
+        "M": obs["mask"][0][..., None].expand(-1, -1, 3) * 255,
+        "b": empty[0],
+        "o_pre": views.composite(obs["rgb"], obs["mask"], empty)[0],
+        "o_alt": obs["rgb_alt"][0],
+    }
+    gap, head = 6, 24
+    sheet = Image.new("RGB", (gap + len(shown) * (tile + gap), head + tile + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for i, (name, picture) in enumerate(shown.items()):
+        x = gap + i * (tile + gap)
+        draw.text((x + tile // 2, head // 2), name, "black", font, anchor="mm")
+        picture = Image.fromarray(picture.to(torch.uint8).numpy())
+        sheet.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (x, head))
+    save(sheet, file)
+
+
+def draw_sheet(file: str, assets: str, tile: int = 224):
+    """Writes the PNG `file`; tile: pixels of one picture."""
+    check_file(file)
     rows = pictures(make_env(assets, tile))
     left, gap, head = 200, 4, 22
     bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
@@ -124,11 +164,17 @@ def draw_sheet(file: str, assets: str, tile: int = 224):
         draw.text((10, top + 10), title, "black", big)
         draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
         y = top + tile + gap
-    palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
-    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
-    print(f"{file}: {sheet.width} x {sheet.height} pixels")
+    save(sheet, file)
+
+
+def main(args: Args):
+    if not (args.file or args.pair):
+        raise Fault("nothing to draw: name a FILE.png, or say --pair FILE.png")
+    if args.pair:
+        draw_pair(args.pair, args.assets)
+    if args.file:
+        draw_sheet(args.file, args.assets)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    command_line(lambda: draw_sheet(args.file, args.assets))
+    command_line(lambda: main(tyro.cli(Args)))
