@@ -96,13 +96,20 @@ class FlatPack:
     names = [" ".join(kind) for kind in kinds]
     train_objects, train_tables, train_lights, num_tables = 16, 16, 1, 21
     largest_move = METRES  # of the oracle in one step
-    workspace = (16.0, 16.0, 0.0), (16.0, 16.0, 1.0)  # centre and half size in pixels: see sft.py
     textures = np.stack([texture(i) for i in range(21)])
     lights = light_gains()
 
     def fault(self):
         """Nothing can be missing."""
         return None
+
+    def answers(self, places: torch.Tensor) -> torch.Tensor:
+        """What sft.py teaches to say to "where is X": the move towards it, on the actions' scale.
+
+        places (B, 3, 3): pixels of X, of the plate and of the hand -> (B, 7) in [-1, 1].
+        """
+        move = ((places[:, 0, :2] - places[:, 2, :2]) / MOVE).clamp(-1, 1)
+        return torch.cat([move, torch.zeros(len(move), 4), torch.ones(len(move), 1)], 1)
 
 
 PACK = FlatPack()
