@@ -13,6 +13,7 @@ are in backbones/.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,8 @@ from backbones.lora import load_adapter
 from backbones.openvla import OPENVLA_TINY, KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
 from backbones.statistics import check_columns, columns, read_norm_stats
-from backbones.tokenizers import WordTokenizer
-from runtime import Fault, command_line
+from backbones.tokenizers import read_tokenizer
+from runtime import Fault, check_ranges, command_line
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone
 
@@ -43,9 +44,7 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  #
 class Decision(NamedTuple):
     actions: torch.Tensor  # (B, chunk, 7) float32: metres, radians, gripper -1 (close) / +1 (open)
     latent: dict[str, torch.Tensor]  # what the log-prob is taken of, batch first: see each head
-    logprob: (
-        torch.Tensor
-    )  # (B,) float32 SUM over action dimensions, at temperature 1 whatever it was
+    logprob: torch.Tensor  # (B,) float32 SUM over action dimensions, always at temperature 1
     value: torch.Tensor  # (B,) float32
 
 
@@ -57,11 +56,9 @@ class Evaluation(NamedTuple):
 
 
 class Policy(Protocol):
-    """What a backbone must have: all that ppo_pair.py, evaluate.py and sft.py use. It is also a
-    torch.nn.Module.
+    """A torch.nn.Module with all that ppo_pair.py, evaluate.py and sft.py use of a backbone.
 
-    obs: dict of tensors, rgb (B, H, W, 3) uint8 and state (B, S) float32. instructions: list of B
-    str.
+    obs: rgb (B, H, W, 3) uint8 and state (B, S) float32. instructions: list of B str.
     """
 
     chunk: int  # env steps per decision
@@ -82,15 +79,13 @@ class Policy(Protocol):
         """The same observation, or another view of it, and a Decision's latent. With gradient."""
 
     def kl(self, p, q) -> torch.Tensor:
-        """KL(p || q) (B,) of two Evaluation.dist at the same latent. A MEAN over action
-        dimensions."""
+        """KL(p || q) (B,) of two Evaluation.dist at one latent, a MEAN over action dimensions."""
 
     def log_groups(self, latent) -> dict[str, torch.Tensor]:
         """Which samples' KLs to log apart: {name: (B,) bool}."""
 
     def fixed_outputs(self) -> torch.Tensor:
-        """What the policy computes of 8 fixed inputs: two policies that agree on it are the
-        same."""
+        """Of 8 fixed inputs: two policies that agree on them are the same."""
 
     def save(self, directory, dtype=None):
         """Write a checkpoint that load_policy reads."""
@@ -109,8 +104,7 @@ class Policy(Protocol):
         """A pass through the modules of `vision_parts`, and no further."""
 
     def vision_parts(self) -> list[nn.Module]:
-        """The modules whose outputs are patch features (B, n, D); last, as the language model gets
-        them."""
+        """Modules that put out patch features (B, n, D); last, what the language model gets."""
 
     def word_embeddings(self) -> torch.Tensor:
         """(vocabulary, H)."""
@@ -577,99 +571,81 @@ def default_checkpoint(backbone: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_policy(
-    backbone,
-    checkpoint=None,
-    *,
-    base=None,
-    dtype=None,
-    device="cpu",
-    unnorm_key=None,
-    tokenizer=None,
-    lora_rank=0,
-    lora_alpha=None,
-    lora_targets=None,
-    gradient_checkpointing=False,
-    training=False,
-    **settings,
-):
-    """A policy ready to act.
+def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **flags):
+    """A policy ready to act. flags: fields of PolicyArgs.
 
     checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository
-    OWNER/NAME[@REVISION]; None is a tiny backbone with fresh random weights, or the big one's
-    default checkpoint. base: where an adapter's base model is, if not where it says. dtype: of the
-    backbone; None is bfloat16 on a GPU, float32 on a CPU and for a tiny one. lora_rank, lora_alpha
-    (None: the rank), lora_targets (None: every linear layer): fresh adapters on a full model; an
-    adapter brings its own, and a contradiction is an error. tokenizer: a tokenizer.json, if not the
-    checkpoint's. training: refuse what can act but not be trained. settings: the network's; None
-    leaves the checkpoint's.
+    OWNER/NAME[@REVISION]; None is a small backbone with fresh random weights, or the big one's
+    default checkpoint. An adapter brings rank, alpha and targets of its own; a flag that says
+    otherwise is an error. training: refuse what can act but not be trained.
     """
     if backbone not in class_of:
         raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
-    policy_class, targets = class_of[backbone], target_names(lora_targets)
-    if lora_rank < 0 or (lora_alpha is not None and lora_alpha < 1):
-        raise Fault("--lora-rank must be 0 or more, and --lora-alpha at least 1")
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise Fault(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    policy_class, fields = (
+        class_of[backbone],
+        [field.name for field in dataclasses.fields(PolicyArgs)],
+    )
     small = backbone in policy_class.small_configs
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name in settings.keys() - policy_class.settings.keys():
-        flag = name.replace("_", "-")
-        raise Fault(f"--{flag} is no setting of the backbone {backbone}; leave it out")
-    if checkpoint is None and not small:
-        checkpoint = DEFAULT_CHECKPOINT[backbone]
-    directory, name, commit, adapter = None, backbone, None, None
-    if checkpoint:
-        directory, name, commit, adapter = find_model(checkpoint, base, hub=not small)
-    elif lora_rank:
-        raise Fault(
-            "LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter"
-        )
-
-    if commit and policy_class.config_needs_weights:
-        download(name, commit, ["model*.safetensors"])
-    config = policy_class.read_config(backbone, directory, adapter, settings)
-    config_file = directory / "config.json" if directory else backbone
-    known, default_key, sources = read_norm_stats(config, config_file, directory, adapter)
-    config["norm_stats"], unnorm_key = known, unnorm_key or default_key
-    if unnorm_key not in known and (known or unnorm_key or policy_class.needs_norm_stats):
-        wrong = f"no key {unnorm_key!r}" if unnorm_key else "no key that is this checkpoint's own"
-        raise Fault(
-            f"norm_stats has {wrong}; unnorm_key is one of {sorted(known)}: "
-            "name it with --unnorm-key"
-        )
-
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    used = [
+        name for name in fields if name not in FlowPolicy.settings or name in policy_class.settings
+    ]
+    for name, value in flags.items():
+        if name not in fields or (name not in used and value is not None):
+            flag = name.replace("_", "-")
+            raise Fault(f"--{flag} is no setting of the backbone {backbone}; leave it out")
+    args = PolicyArgs(**flags)
+    check_ranges(args, RANGES)
+    targets = target_names(args.lora_targets)
+    dtype = args.dtype or "auto"
+    if not isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES:
+            raise Fault(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     if dtype is None:
         exact = small or torch.device(device).type == "cpu"
         dtype = torch.float32 if exact else torch.bfloat16
-    if training and dtype != torch.float32 and not (lora_rank or adapter):
+
+    checkpoint = checkpoint or (None if small else DEFAULT_CHECKPOINT[backbone])
+    directory, name, commit, adapter = None, backbone, None, None
+    if checkpoint:
+        directory, name, commit, adapter = find_model(checkpoint, args.base, hub=not small)
+    elif args.lora_rank:
+        raise Fault(
+            "LoRA needs a checkpoint to adapt; random weights would not be saved with the adapter"
+        )
+    if targets and not (adapter or args.lora_rank):
+        raise Fault("--lora-targets is of adapters, and --lora-rank 0 makes none")
+    if training and dtype != torch.float32 and not (args.lora_rank or adapter):
         raise Fault(
             "--lora-rank 0 trains every weight, and in bfloat16 most steps are too small to move "
             "one: use --lora-rank 32, or --dtype float32 (twice the memory)"
         )
+
+    if commit and policy_class.config_needs_weights:
+        download(name, commit, ["model*.safetensors"])
+    settings = {name: getattr(args, name) for name in policy_class.settings}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    config = policy_class.read_config(backbone, directory, adapter, settings)
+    stats, key, file = read_norm_stats(config, directory, adapter, args.unnorm_key)
+    config["norm_stats"] = stats
+    if key is None and policy_class.needs_norm_stats:
+        raise Fault(f"{directory} has no statistics of actions (norm_stats in config.json)")
+    tokenizer, tokenizer_file = read_tokenizer(
+        policy_class.tokenizer_class, args.tokenizer, config, [adapter, directory]
+    )
     if commit:
         download(name, commit, ["model*.safetensors"])
     policy = load_weights(policy_class, config, directory, dtype, device)
     policy.name, policy.commit, policy.directory = name, commit, directory
-    if unnorm_key in known:
-        policy.stats_file = sources[unnorm_key]
-        policy.use_norm_stats(unnorm_key)
-    places = [folder / "tokenizer.json" for folder in (adapter, directory) if folder]
-    files = [file for file in ([Path(tokenizer)] if tokenizer else places) if file.is_file()]
-    if tokenizer and not files:
-        raise Fault(f"--tokenizer {tokenizer}: there is no such file; give a tokenizer.json")
-    if "_word_vocab" in config:
-        policy.tokenizer = WordTokenizer(config["_word_vocab"])
-    elif files:
-        policy.tokenizer, policy.tokenizer_file = policy.tokenizer_class(files[0]), files[0]
-    if targets and not (adapter or lora_rank):
-        raise Fault("--lora-targets is of adapters, and --lora-rank 0 makes none")
+    policy.tokenizer, policy.tokenizer_file = tokenizer, tokenizer_file
+    policy.gradient_checkpointing = args.gradient_checkpointing
+    if key is not None:
+        policy.stats_file = file
+        policy.use_norm_stats(key)
     if adapter:
-        load_adapter(policy, adapter, lora_rank, lora_alpha, targets)
-    elif lora_rank:
-        policy.add_lora(lora_rank, lora_alpha, targets)
-    policy.gradient_checkpointing = gradient_checkpointing
+        load_adapter(policy, adapter, args.lora_rank, args.lora_alpha, targets)
+    elif args.lora_rank:
+        policy.add_lora(args.lora_rank, args.lora_alpha, targets)
     return policy.to(device).eval()  # there is no dropout: train() would change nothing
 
 

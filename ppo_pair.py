@@ -39,11 +39,11 @@ import views
 BACKBONES = ("openvla", "pi05", "pi0", "openvla-tiny", "pi05-tiny", "openvla-flat", "pi05-flat")
 PRESETS = {
     # the paper's (Table 3). It has no pi0: that column is pi0.5's with RLinf's differences.
-    "iterations":             (240,      280,      280,      16,        20,        40,     40),
+    "iterations":             (240,      280,      280,      16,        20,        30,     30),
     "num_envs":               (128,      320,      320,      64,        64,        256,    256),
     "num_steps":              (80,       80,       80,       80,        80,        12,     12),
-    "batch_size":             (640,      5120,     5120,     640,       256,       512,    512),
-    "update_epochs":          (1,        5,        4,        1,         2,         2,      2),
+    "batch_size":             (640,      5120,     5120,     640,       256,       256,    256),
+    "update_epochs":          (1,        5,        4,        1,         2,         1,      1),
     "inv_coef":               (1.0,      4.0,      4.0,      2.5,       15.0,      1.0,    4.0),
     "sen_coef":               (0.2,      4.0,      4.0,      0.12,      6.0,       0.2,    4.0),
     "sen_clip":               (0.8,      0.08,     0.08,     0.8,       0.08,      0.8,    0.08),
@@ -52,20 +52,20 @@ PRESETS = {
     "denoise_steps":          (None,     4,        4,        None,      4,         None,   4),
     "noise_level":            (None,     0.5,      0.5,      None,      0.5,       None,   0.5),
     # lost in our text of the paper: RL4VLA's for OpenVLA, RLinf's for pi0 and pi0.5
-    "learning_rate":          (1e-4,     7.91e-6,  7.91e-6,  1e-4,      4e-5,      3e-4,   3e-4),
-    "value_learning_rate":    (3e-3,     1.55e-4,  1.55e-4,  2e-3,      2e-3,      2e-3,   2e-3),
+    "learning_rate":          (1e-4,     7.91e-6,  7.91e-6,  1e-4,      4e-5,      5e-4,   5e-4),
+    "value_learning_rate":    (3e-3,     1.55e-4,  1.55e-4,  2e-3,      2e-3,      1e-3,   1e-3),
     "adam_beta2":             (0.999,    0.95,     0.95,     0.999,     0.999,     0.999,  0.999),
-    "max_grad_norm":          (10.0,     1.0,      1.0,      10.0,      10.0,      10.0,   10.0),
+    "max_grad_norm":          (10.0,     1.0,      1.0,      10.0,      10.0,      1.0,    1.0),
     "lora_rank":              (32,       32,       32,       0,         0,         0,      0),
     "sde_steps":              (None,     "one",    "one",    None,      "one",     None,   "one"),
     "detach_value":           (False,    False,    True,     True,      True,      True,   True),
     # ours: the tiny backbones' learning, and what fits into memory
     "assets":                 ("rl4vla", "rl4vla", "rl4vla", "builtin", "builtin", "flat", "flat"),
     "critic_warmup":          (0,        0,        0,        3,         3,         2,      2),
-    "warmup_epochs":          (4,        4,        4,        4,         8,         4,      4),
-    "target_kl":              (0.0,      0.0,      0.0,      0.04,      0.04,      0.2,    0.2),
+    "warmup_epochs":          (4,        4,        4,        4,         8,         3,      3),
+    "target_kl":              (0.0,      0.0,      0.0,      0.04,      0.04,      0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
-    "device_batch_size":      (128,      160,      160,      160,       256,       512,    512),
+    "device_batch_size":      (128,      160,      160,      160,       256,       256,    256),
     "gradient_checkpointing": (True,     True,     True,     False,     False,     False,  False),
 }
 # fmt: on

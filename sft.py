@@ -62,8 +62,8 @@ class Args:
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
-FLAT = dict(assets="flat", scenes=4096, demos=8192, pretrain_steps=900, clone_steps=900,
-            grounding=False, keep_seeing=True, batch_size=128, learning_rate=3e-3)  # fmt: skip
+FLAT = dict(assets="flat", scenes=4096, demos=8192, pretrain_steps=700, clone_steps=2000,
+            keep_seeing=True, learning_rate=3e-3)  # fmt: skip
 DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": {}, "openvla-flat": FLAT, "pi05-flat": FLAT}
 
 
@@ -198,15 +198,13 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
 
 
 def grounding_answers(batch, pack):
-    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7): X's x,
-    y, the plate's x, y, the hand's x, y, z, scaled to [-1, 1]."""
+    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7) in
+    [-1, 1], as the pack gives them."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
-    center, scale = (torch.tensor(x, dtype=torch.float32) for x in pack.workspace)
-    unit = (places - center) / scale
-    answers = torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)[:, None]
+    answers = pack.answers(places)[:, None]
     asked = batch["object_ids"].gather(1, pick)[:, 0].tolist()
     return [f"the {pack.names[i]}" for i in asked], answers
 

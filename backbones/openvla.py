@@ -77,6 +77,7 @@ OPENVLA_TINY = {
          "stem": [24, 48, 96], "class_token": False, "reg_tokens": 0, "layer_scale": False},
         {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0, "patch_size": 16},
     ],
+    "_attention_std": 0.07,
     "_word_vocab": WORD_VOCAB,
     "_prompt": WORD_PROMPT,
     "_cloning": {"sigma": [2.0] * 7, "answer_sigma": 3.0, "jitter": 4.0},  # bins: see sft_loss
@@ -93,6 +94,7 @@ OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in tw
         {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 8},
     ],
     "_backbone": "openvla-flat",
+    "_attention_std": 0.125,
     "_word_vocab": FLAT_VOCAB,
     "_cloning": {"sigma": [0.5] * 2 + [0.0] * 5, "answer_sigma": 0.7, "jitter": 1.0},
 }  # fmt: skip
@@ -336,10 +338,8 @@ class OpenVLANetwork(nn.Module):
         for tower in self.vision_backbone.values():
             tower.pos_embed.data = grid_waves(*tower.pos_embed.shape[1:])[None]
         llama = self.language_model
-        for (
-            layer
-        ) in llama.model.layers:  # attention starts by content: a word looks at patches like it
-            nn.init.normal_(layer.self_attn.q_proj.weight, std=0.07)
+        for layer in llama.model.layers:  # by content: a word looks at patches like it
+            nn.init.normal_(layer.self_attn.q_proj.weight, std=self.config["_attention_std"])
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
         bins = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
         std = llama.config.initializer_range

@@ -19,10 +19,12 @@ PLACES = (
 )
 
 
-def read_norm_stats(config, config_file, directory, adapter):
-    """-> statistics {data set: ...}, the data set to use by default or None, {data set: its
-    file}."""
-    stats = config.get("norm_stats") or {}
+def read_norm_stats(config, directory, adapter, wanted):
+    """-> statistics {data set: ...}, the data set to use, its file. wanted: the user's choice.
+
+    Without statistics, and without a choice, the last two are None.
+    """
+    config_file, stats = f"{directory}/config.json", config.get("norm_stats") or {}
     if not isinstance(stats, dict):
         raise Fault(f"{config_file}: norm_stats is a {type(stats).__name__}, not an object")
     official, sources = set(stats), dict.fromkeys(stats, config_file)
@@ -48,7 +50,14 @@ def read_norm_stats(config, config_file, directory, adapter):
             if "norm_stats" not in content:
                 raise Fault(f"{file} has no norm_stats, under which openpi keeps them")
             stats[name], sources[name] = content["norm_stats"], file
-    return stats, key or (next(iter(stats)) if len(stats) == 1 else None), sources
+    key = wanted or key or (next(iter(stats)) if len(stats) == 1 else None)
+    if key not in stats and (stats or wanted):
+        wrong = f"no key {wanted!r}" if wanted else "no key that is this checkpoint's own"
+        raise Fault(
+            f"norm_stats has {wrong}; unnorm_key is one of {sorted(stats)}: name it with "
+            "--unnorm-key"
+        )
+    return stats, key, sources.get(key)
 
 
 def columns(stats, where, part, names):

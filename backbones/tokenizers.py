@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -39,7 +40,7 @@ class WordTokenizer:
         return [self.ids[word] for word in ["<s>", *words]]
 
 
-def read_tokenizer(file):
+def open_tokenizer(file):
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
@@ -53,7 +54,7 @@ class LlamaTokenizer:
     """Llama 2's, for OpenVLA."""
 
     def __init__(self, file):
-        self.tokenizer = read_tokenizer(file)
+        self.tokenizer = open_tokenizer(file)
 
     def __call__(self, text):
         ids = self.tokenizer.encode(text).ids
@@ -68,7 +69,7 @@ class PaliGemmaTokenizer:
     """PaliGemma's, for pi0; BOS (2) goes before the text."""
 
     def __init__(self, file):
-        self.tokenizer = read_tokenizer(file)
+        self.tokenizer = open_tokenizer(file)
         if self("\n") != [2, 108]:
             raise Fault(
                 f"{file} is not PaliGemma's tokenizer: a line feed becomes {self(chr(10))}, "
@@ -77,3 +78,17 @@ class PaliGemmaTokenizer:
 
     def __call__(self, text):
         return [2, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def read_tokenizer(tokenizer_class, file, config, folders):
+    """-> tokenizer, its file; both are None where there is none. file: the user's choice; None:
+    tokenizer.json of the first folder that has one."""
+    if file and not Path(file).is_file():
+        raise Fault(f"--tokenizer {file}: there is no such file; give a tokenizer.json")
+    if "_word_vocab" in config:
+        return WordTokenizer(config["_word_vocab"]), None
+    places = [file] if file else [folder / "tokenizer.json" for folder in folders if folder]
+    for place in places:
+        if Path(place).is_file():
+            return tokenizer_class(place), Path(place)
+    return None, None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import sapien
+import torch
 from mani_skill import PACKAGE_ASSET_DIR
 from mani_skill.agents.controllers import (
     PDEEPoseController,
@@ -221,6 +222,16 @@ class BuiltinPack:
             high = np.max([np.add(at, half) for _, _, _, at, _, half in parts], 0)
             self.sizes.append(high - low)
             self.offsets.append(-(low + high) / 2)
+
+    def answers(self, places: torch.Tensor) -> torch.Tensor:
+        """What sft.py teaches to say to "where is X".
+
+        places (B, 3, 3): metres of X, of the plate and of the hand -> (B, 7) in [-1, 1]: X's x and
+        y, the plate's x and y, the hand's x, y and z.
+        """
+        center, scale = (torch.tensor(x, dtype=torch.float32) for x in self.workspace)
+        unit = (places - center) / scale
+        return torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)
 
     def fault(self) -> str:
         """What is the matter with the pack's files; empty if nothing is."""

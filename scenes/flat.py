@@ -1,11 +1,12 @@
-"""Flatland: the task of the paper in 32 x 32 pixels, drawn by numpy. It needs no simulator, no GPU and no files.
+"""Flatland: the paper's task in 32 x 32 pixels, drawn by numpy: no simulator, no GPU, no files.
 
-A hand moves over a table, picks up the target that the instruction names, and carries it to the plate. The hand grasps
-what it touches, and it grasps nothing but the target; the plate takes the target from the hand. Splits, the mask M, both
-views and the reward are those of the simulator's worlds (Appendix B), so every file of the method runs on it unchanged.
+A hand moves over a table, picks up the target that the instruction names, and carries it to the
+plate. The hand grasps what it touches, and it grasps nothing but the target. The plate takes the
+target from the hand. Splits, the mask M, both views and the reward are those of the simulator's
+worlds (Appendix B), so every file of the method runs on it unchanged.
 
-All environments are drawn at once. A pixel is a uint32: three bytes of colour, and a fourth that is 255 on the hand, the
-target and the plate. That fourth byte is M.
+All environments are drawn at once. A pixel is a uint32: three bytes of colour, and a fourth that is
+255 on the hand, the target and the plate. That fourth byte is M.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def texture(i: int) -> np.ndarray:
     """Table top i, (SIZE, SIZE, 3) uint8: waves, squares, rings or patches of two colours."""
     rng = np.random.default_rng([11, i])
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
-    colours = rng.integers(30, 226, (2, 3))
+    first = rng.integers(90, 166, 3)
+    colours = np.stack([first, first + rng.uniform(-50, 50, 3).astype(int)])  # muted
     a, b, phase, u, v = (
         rng.uniform(1, 4),
         rng.uniform(1, 4),
@@ -73,12 +75,13 @@ def texture(i: int) -> np.ndarray:
 
 
 def light_gains() -> np.ndarray:
-    """(21, SIZE, SIZE, 3): what multiplies the colours. 0: training; 1-20 held out: 5 directions x (dim, bright, warm, cold)."""
+    """(21, SIZE, SIZE, 3): what multiplies the colours. 0: training. 1-20, held out: 5 directions
+    x (dim, bright, warm, cold)."""
     y, x = (np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2) / SIZE
     gains = [np.ones((SIZE, SIZE, 3))]
     for along_y, along_x in ((1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)):
-        slope = 1 + 0.6 * (along_y * y + along_x * x)
-        for colour in ((0.55, 0.55, 0.55), (1.4, 1.4, 1.4), (1.2, 0.95, 0.65), (0.65, 0.95, 1.2)):
+        slope = 1 + 0.3 * (along_y * y + along_x * x)
+        for colour in ((0.8, 0.8, 0.8), (1.2, 1.2, 1.2), (1.1, 1.0, 0.85), (0.85, 1.0, 1.1)):
             gains.append(slope[..., None] * colour)
     return np.float32(gains)
 
@@ -93,13 +96,20 @@ class FlatPack:
     names = [" ".join(kind) for kind in kinds]
     train_objects, train_tables, train_lights, num_tables = 16, 16, 1, 21
     largest_move = METRES  # of the oracle in one step
-    workspace = (16.0, 16.0, 0.0), (16.0, 16.0, 1.0)  # centre and half size in pixels: see sft.py
     textures = np.stack([texture(i) for i in range(21)])
     lights = light_gains()
 
     def fault(self):
         """Nothing can be missing."""
         return None
+
+    def answers(self, places: torch.Tensor) -> torch.Tensor:
+        """What sft.py teaches to say to "where is X": the move towards it, on the actions' scale.
+
+        places (B, 3, 3): pixels of X, of the plate and of the hand -> (B, 7) in [-1, 1].
+        """
+        move = ((places[:, 0, :2] - places[:, 2, :2]) / MOVE).clamp(-1, 1)
+        return torch.cat([move, torch.zeros(len(move), 4), torch.ones(len(move), 1)], 1)
 
 
 PACK = FlatPack()
@@ -118,7 +128,7 @@ SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(
 
 
 def chance(*key) -> np.ndarray:
-    """Uniform in [0, 1): a pure function of integers >= 0 or arrays of them, which broadcast (splitmix64)."""
+    """Uniform in [0, 1): a pure function of integers >= 0 or arrays of them (splitmix64)."""
     x = np.zeros(1, np.uint64)
     for k in key:
         x = x + np.asarray(k).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -129,13 +139,13 @@ def chance(*key) -> np.ndarray:
 
 
 def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
-    """N episodes, each a pure function of its id and its envs.Split. Every factor has random numbers of its own, so an id
-    has the same target, plate, table draw and light draw in every split.
+    """N episodes, each a pure function of its id and its envs.Split. Each factor has random numbers
+    of its own: an id has the same target, plate, table draw and light draw in every split.
 
-    -> objects (N, 1 + K) indices, the target first, -1 where there is none; at (N, 2 + K, 2) row and column of the plate and
-    of the objects; table, light (N,).
+    -> objects (N, 1 + K) indices, the target first, -1 where there is none; at (N, 2 + K, 2) row
+    and column of the plate and the objects; table, light (N,).
     """
-    ids, i = np.asarray(episode_ids, np.int64)[:, None], np.arange(len(episode_ids))
+    ids = np.asarray(episode_ids, np.int64)[:, None]
     count = np.array([s.distractors for s in splits])
     target = (chance(ids, 0) * PACK.train_objects).astype(int)  # (N, 1)
     others = chance(ids, 1, np.arange(PACK.train_objects)) + (
@@ -154,7 +164,7 @@ def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
     )
     kinds = np.where(k < count[:, None], kinds, -1)
 
-    # Each thing takes the point that is farthest from the others, up to GAP; among those one of the square, then any.
+    # Each thing takes the point farthest from the others, up to GAP: of the square, else any
     ring = np.array([s.held_out_poses for s in splits])[:, None]
     at, nearest = (
         [],
@@ -189,10 +199,10 @@ def stamp(canvas, where, sprites, colour):
 
 
 class FlatEnvs:
-    """N environments, all at the same step of their episodes. Same interface as the simulator's (scenes/workers.py).
+    """N environments, all at the same step of their episodes, as scenes/workers.py has them.
 
-    parse_split: name -> envs.Split. views: which of rgb_alt (the target elsewhere) and rgb_pre (another table of training,
-    no distractors) are drawn besides.
+    parse_split: name -> envs.Split. views: which of rgb_alt (the target elsewhere) and rgb_pre
+    (another table of training, no distractors) are drawn as well.
     """
 
     pack, num_workers = PACK, 1
@@ -204,13 +214,13 @@ class FlatEnvs:
         self.instructions, self.view_seconds = [], 0.0
 
     def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
-        """Start one episode per environment. split: one name for all, or N names. rebuild: nothing to."""
+        """Start one episode per environment. split: one name, or N. rebuild: means nothing here."""
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         assert len(episode_ids) == len(splits) == self.num_envs
         known = {name: self.parse_split(name) for name in set(splits)}
         if any(s.cameras != (0.0,) for s in known.values()):
             raise Fault(
-                "--assets flat has no camera that turns: leave --pre-view camera and camera splits out"
+                "--assets flat has no camera that turns: leave --pre-view camera and its splits out"
             )
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
         self.episode, self.ids = episode, np.asarray(episode_ids, np.int64)
@@ -238,7 +248,7 @@ class FlatEnvs:
         return self.look()
 
     def step(self, actions: torch.Tensor):
-        """Carry out a chunk of actions (N, chunk, 7), of which the first two count: along rows and columns, METRES at most."""
+        """Carry out a chunk of actions (N, chunk, 7): the first two move along rows and columns."""
         actions = actions[:, : self.max_episode_steps - self.elapsed].cpu().double().numpy()
         for action in actions.swapaxes(0, 1):
             self.hand = np.clip(self.hand + action[:, :2] * (MOVE / METRES), 0, SIZE - 1)
@@ -249,7 +259,8 @@ class FlatEnvs:
             self.success |= self.held & (abs(self.at - self.plate).max(1) <= TOUCH)
             self.held &= ~self.success
         self.elapsed += actions.shape[1]
-        # Appendix B: R_t = 0.1 ever grasped + 0.1 grasped for two steps on end + 1.0 success, paid as R_t - R_{t-1}
+        # Appendix B: R_t = 0.1 ever grasped + 0.1 for two steps on end + 1.0 success, paid as
+        # R_t - R_{t-1}
         total = 0.1 * (self.best_streak >= 1) + 0.1 * (self.best_streak >= 2) + 1.0 * self.success
         reward, self.paid = torch.from_numpy(total - self.paid).float(), total
         info = dict(success=self.success, success_once=self.success, grasped=self.best_streak >= 1)
@@ -287,7 +298,7 @@ class FlatEnvs:
         return {name: torch.from_numpy(value) for name, value in obs.items()}
 
     def draw(self, canvas, at):
-        """Target at `at` and hand on what is there -> (N, SIZE, SIZE, 3) uint8, M (N, SIZE, SIZE) bool."""
+        """Target at `at` and hand on the canvas -> (N, SIZE, SIZE, 3) uint8, M (N, SIZE, SIZE)."""
         stamp(canvas, at, SPRITES[self.target], pixels(PAINT[self.target], True))
         stamp(canvas, self.hand, HAND, BLACK)
         canvas = (
@@ -306,7 +317,7 @@ class FlatEnvs:
         return torch.from_numpy(PACK.textures[list(tables)])
 
     def labels(self) -> dict[str, np.ndarray]:
-        """What sft.py teaches to see: classes (N, SIZE / 2, SIZE / 2) uint8 of every second pixel (0
+        """What sft.py teaches to see: classes (N, SIZE / 2, SIZE / 2) uint8 of each second pixel (0
         table, 1 + index of an object, 26 plate, 27 hand); where (N, 2, 3) plate and hand; objects
         (N, 1 + K) indices, the target first, -1 where there is none; object_xyz (N, 1 + K, 3)."""
         kinds, at = self.episode["objects"], self.episode["at"].astype(np.float32)[:, 1:]

@@ -394,19 +394,23 @@ def test_bfloat16_weights_are_not_trained(saved):
     "options", [{"lora_rank": -1}, {"lora_rank": 4, "lora_alpha": 0}, {"lora_alpha": -2}]
 )
 def test_ranks_out_of_range(saved, options):
-    refused(
-        "--lora-rank must be 0 or more, and --lora-alpha at least 1",
-        "openvla-tiny",
-        saved / "base",
-        **options,
-    )
+    flag = "--lora-alpha" if "lora_alpha" in options else "--lora-rank"
+    sentence = f"{flag} is {list(options.values())[-1]}: it must be"
+    refused(sentence, "openvla-tiny", saved / "base", **options)
 
 
 def test_flags_that_would_do_nothing(saved, policy, official_pi):
-    refused("--lora-targets is of adapters, and --lora-rank 0", "openvla-tiny", saved / "base", lora_targets=["q_proj"])
-    refused("--dtype 'float16' is none of auto, bfloat16, float32", "openvla-tiny", dtype="float16")
+    refused(
+        "--lora-targets is of adapters, and --lora-rank 0",
+        "openvla-tiny",
+        saved / "base",
+        lora_targets=["q_proj"],
+    )
+    refused("--dtype float16 is none of auto, bfloat16, float32", "openvla-tiny", dtype="float16")
     shutil.rmtree(official_pi / "physical-intelligence")
-    refused("norm_stats has no key 'mine'", policy.config["model_type"], official_pi, unnorm_key="mine")
+    refused(
+        "norm_stats has no key 'mine'", policy.config["model_type"], official_pi, unnorm_key="mine"
+    )
 
 
 def test_every_numeric_flag_has_a_range():
