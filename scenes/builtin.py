@@ -38,12 +38,6 @@ COLORS = dict(
     navy=(0.05, 0.08, 0.35), teal=(0.0, 0.45, 0.45), tan=(0.85, 0.7, 0.5),
 )  # fmt: skip
 UPRIGHT = euler2quat(0, -np.pi / 2, 0)  # SAPIEN's cylinders and capsules lie along x
-LIGHTS = (  # ambient, key, brightness of the fills
-    ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),  # dim
-    ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),  # bright
-    ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
-    ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
-)
 
 
 def _box(color, x, y, z, at=(0, 0, 0)):
@@ -112,6 +106,10 @@ OBJECTS = [
                         _box("purple", 0.03, 0.05, 0.026, (0.028, 0, 0))]),
     ("black puck", "round", [_can("black", 0.03, 0.022)]),
 ]  # fmt: skip
+
+
+# Where the hand grasps what it does not grasp in the middle: an L by its longer bar
+GRASP_POINTS = {"pink L": [0.012, -0.025, 0]}
 
 
 def table_texture(index: int, size: int = 256) -> np.ndarray:
@@ -209,7 +207,9 @@ class BuiltinPack:
     names = [name for name, _, _ in OBJECTS]
     # The first of each are for training, the others are held out
     train_objects, train_tables, num_tables = 16, 16, 21
-    lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
+    # The first is for training. DEVIATION: the others are nearer to it than rl4vla's. A policy that
+    # has seen one light in a few thousand episodes sees nothing under the strongest ones.
+    lights = [Light(), *held_out_lights(0.3)]
     plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
     settles_again = False
     floor = [0.35, 0.36, 0.38, 1]
@@ -325,7 +325,9 @@ class BuiltinPack:
             # Lower, and the fingertips would press on the table
             grasp_z = max(target[2] - 0.2 * half, TABLE_Z + 0.019)
             hover_z = TABLE_Z + 2 * half + 0.055
-            offset, turn = target[:2] - tcp[:2], grasp_turn(scene)
+            name = self.names[scene.episode.target]
+            grasp = (scene.target_entity.pose * sapien.Pose(GRASP_POINTS.get(name, [0, 0, 0]))).p
+            offset, turn = grasp[:2] - tcp[:2], grasp_turn(scene)
             move[:2] = offset
             far = np.linalg.norm(offset)
             if far > 0.02 or turn:
@@ -349,11 +351,13 @@ def grasp_turn(scene) -> float:
     every step would be a
     label that a policy cannot read off 96 pixels: it hovers.
     """
-    if OBJECTS[scene.episode.target][1] != "long":
+    name, symmetry, _ = OBJECTS[scene.episode.target]
+    if symmetry != "long":
         return 0.0
     error = yaw_of(scene.target_entity.pose) - yaw_of(scene.tcp_entity.pose)
     error = (error + np.pi / 2 - 1e-4) % np.pi - np.pi / 2 + 1e-4
-    return error if abs(error) > 0.9 else 0.0
+    askew = 0.6 if name in GRASP_POINTS else 0.9
+    return error if abs(error) > askew else 0.0
 
 
 def yaw_of(pose: sapien.Pose) -> float:

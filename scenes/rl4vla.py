@@ -26,13 +26,6 @@ from transforms3d.euler import mat2euler
 
 from scenes.task import TABLE_Z, Light, held_out_lights
 
-LIGHTS = (  # ambient, key, brightness of the fills
-    ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),  # dim
-    ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),  # bright
-    ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),  # warm
-    ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),  # cold
-)
-
 
 class Rl4vlaPack:
     """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind
@@ -64,7 +57,7 @@ class Rl4vlaPack:
     table_materials = ()
     # The first of each are for training, the others are held out
     train_objects, train_tables, num_tables = 16, 16, 21
-    lights = [Light(), *held_out_lights(LIGHTS)]  # the first is for training
+    lights = [Light(), *held_out_lights()]  # the first is for training
 
     @cached_property
     def folder(self) -> Path:

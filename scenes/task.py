@@ -53,15 +53,31 @@ class Light:
     fill: tuple = (0.7, 0.7, 0.7)
 
 
-def held_out_lights(conditions) -> list[Light]:
-    """5 key directions x conditions (ambient, key, brightness of the fills). OPEN: the paper does
-    not list its 20."""
-    lights = []
+def held_out_lights(share: float = 1.0) -> list[Light]:
+    """The 20 held-out conditions: 5 key directions x (dim, bright, warm, cold). OPEN: the paper
+    does not list its 20. share: how far they are from the training light, towards the strongest."""
+    conditions = (  # ambient, key, brightness of the fills
+        ((0.08, 0.08, 0.08), (1.0, 1.0, 1.0), 0.15),
+        ((0.55, 0.55, 0.55), (3.6, 3.6, 3.6), 1.1),
+        ((0.28, 0.22, 0.12), (3.2, 1.9, 0.8), 0.4),
+        ((0.12, 0.18, 0.32), (0.9, 1.5, 3.2), 0.4),
+    )
+    train, lights = Light(), []
+
+    def towards(a, b):
+        return tuple(map(float, (1 - share) * np.array(a) + share * np.array(b)))
+
+    def turned(a, b):
+        return towards(*(np.array(x) / np.linalg.norm(x) for x in (a, b)))
+
     for x, y, z in ((1, 0, -0.6), (-1, 0, -0.6), (0, 1, -0.6), (0, -1, -0.6), (0.3, 0.3, -1)):
         fills = ((-y - 0.3, x - 0.3, -1), (y + 0.3, 0.3 - x, -1))
+        fills = tuple(map(turned, train.fill_directions, fills))
         for ambient, key, fill in conditions:
-            color = tuple(fill * c / max(key) for c in key)
-            lights.append(Light(ambient, (x, y, z), key, fills, color))
+            light = [towards(train.ambient, ambient), turned(train.key_direction, (x, y, z))]
+            color = [fill * c / max(key) for c in key]
+            light += [towards(train.key, key), fills, towards(train.fill, color)]
+            lights.append(Light(*light))
     return lights
 
 
