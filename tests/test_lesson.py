@@ -5,7 +5,6 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
