@@ -387,7 +387,8 @@ def main(args: Args):
     runtime.seed_all(args.seed)
     resumed = runtime.newest_checkpoint(Path(args.run_dir)) if args.resume else None
     saved = resumed or args.checkpoint
-    policy = policies.load_policy(args.backbone, saved, device=device, **vars(args.policy))
+    options = vars(args.policy) | dict(device=device, training=True)
+    policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
