@@ -52,7 +52,7 @@ train: setup
 	@.venv/bin/python ppo_pair.py $(if $(BACKBONE),--backbone $(BACKBONE)) $(ARGS)
 
 test: setup lint
-	@.venv/bin/python -m pytest
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	@.venv/bin/python -m pytest -m slow

@@ -64,7 +64,7 @@ SFT_SPLITS = {  # what sft.py trains on: training objects only
 
 def parse_split(name: str) -> Split:
     """The Split called `name`: one of SPLITS, or section 5.5's, in degrees up to 90. camera+N or
-    camera-N: one orbit of the camera. Drawn anew in each episode: camera+M-N:S from M, M + S, ... N
+    camera-N: one orbit of the camera. Drawn for each episode: camera+M-N:S from M, M + S, ... N
     (training is camera+0-20:4), and camera+-N:S from ... -S, 0, S, ... N, both sides."""
     if name in SPLITS or name in SFT_SPLITS:
         return {**SPLITS, **SFT_SPLITS}[name]
@@ -209,8 +209,8 @@ PACKS = {
 
 
 def find_pack(assets: str):
-    """The pack called `assets`. Raises Fault where there is none of that name, or where files of it
-    are missing."""
+    """The pack called `assets`. Raises Fault where no pack has that name, or where its files are
+    missing."""
     if assets not in PACKS:
         raise Fault(f"unknown --assets {assets!r}: choose from {', '.join(PACKS)}")
     module, name = PACKS[assets]

@@ -1,9 +1,8 @@
 """Policies: observation + instruction -> action chunk, with exact log-probs and KL.
 
-    policy = load_policy("openvla-tiny")                                  # random weights, to be
-    trained by sft.py policy = load_policy("openvla", "gen-robot/openvla-7b-rlvla-warmup")  # the
-    official 7B checkpoint as it is python policies.py merge ADAPTER_DIR OUT_DIR
-    # fold a LoRA checkpoint into its base model
+    policy = load_policy("openvla-tiny")        # random weights, for sft.py to train
+    policy = load_policy("openvla")             # the official 7B checkpoint, from the Hub
+    python policies.py merge ADAPTER_DIR OUT    # folds a LoRA checkpoint into its base model
 
 Two heads: TokenPolicy (OpenVLA: an action is 7 tokens, each one of 256 bins) and FlowPolicy (pi0,
 pi0.5: a chunk of actions is denoised, and Flow-SDE gives it a likelihood). The networks below them

@@ -39,7 +39,7 @@ import views
 BACKBONES = ("openvla", "pi05", "pi0", "openvla-tiny", "pi05-tiny", "openvla-flat", "pi05-flat")
 PRESETS = {
     # the paper's (Table 3). It has no pi0: that column is pi0.5's with RLinf's differences.
-    "iterations":             (240,      280,      280,      16,        20,        30,     30),
+    "iterations":             (240,      280,      280,      16,        20,        60,     60),
     "num_envs":               (128,      320,      320,      64,        64,        256,    256),
     "num_steps":              (80,       80,       80,       80,        80,        12,     12),
     "batch_size":             (640,      5120,     5120,     640,       256,       256,    256),
@@ -387,7 +387,8 @@ def main(args: Args):
     runtime.seed_all(args.seed)
     resumed = runtime.newest_checkpoint(Path(args.run_dir)) if args.resume else None
     saved = resumed or args.checkpoint
-    policy = policies.load_policy(args.backbone, saved, device=device, **vars(args.policy))
+    options = vars(args.policy) | dict(device=device, training=True)
+    policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]

@@ -1,5 +1,5 @@
-"""Warm start: what pretraining and supervised fine-tuning do for the big checkpoints, for a tiny
-backbone, from nothing.
+"""A warm start from nothing: what pretraining and supervised fine-tuning do for the big
+checkpoints, this file does for a small backbone.
 
     python sft.py                                     # scenes, demonstrations, training -> runs/sft
     python sft.py --clone-steps 3200 --out runs/weak  # a weak start (36 %), for studying PPO

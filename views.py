@@ -37,7 +37,7 @@ def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) 
 def task_altering(env, rngs):
     """o_alt: the target moved by N(0, ALTER_SIGMA) in x and y and turned by one of ALTER_YAWS.
 
-    A target in the gripper is drawn outside it, as the paper's construction has it.
+    A target in the gripper is drawn outside it: the paper's construction does so.
     """
     moves = [(*rng.normal(0.0, ALTER_SIGMA, 2), float(rng.choice(ALTER_YAWS))) for rng in rngs]
     with env.target_moved(moves):
@@ -45,7 +45,7 @@ def task_altering(env, rngs):
 
 
 def rerendered(env, rngs):
-    """o_pre, drawn anew: without the distractors, on a table of the training set."""
+    """o_pre, drawn again: without the distractors, on a table of the training set."""
     tables = [int(rng.integers(env.pack.train_tables)) for rng in rngs]
     with env.without_distractors(), env.on_tables(tables):
         return env.picture()[0]

@@ -153,8 +153,7 @@ def light_panda_urdf() -> str:
     """Path of a Panda whose visual meshes are its 2 k-triangle collision meshes.
 
     The original ones have 136 k triangles, which cost about 40 ms a frame on a CPU renderer. The
-    srdf must lie beside the
-    urdf: without it adjacent links collide with each other.
+    srdf must lie beside the urdf: without it adjacent links collide with each other.
     """
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
     tree = ElementTree.parse(source)
@@ -348,8 +347,7 @@ def grasp_turn(scene) -> float:
     lies along the fingers.
 
     Closing fingers straighten by themselves what lies askew. A hand kept square to the target at
-    every step would be a
-    label that a policy cannot read off 96 pixels: it hovers.
+    every step would be a label that a policy cannot read off 96 pixels: it hovers.
     """
     name, symmetry, _ = OBJECTS[scene.episode.target]
     if symmetry != "long":

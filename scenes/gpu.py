@@ -7,7 +7,7 @@ of N on the GPU. Where ManiSkill's `physx_cuda` forbids something, this is the w
 - what is drawn is read from `px.cuda_rigid_body_data`, which PhysX does not read back: a view is a
   write of poses to that buffer, a picture, and the old poses again (`drawn`). Nothing can be
   hidden, so it is drawn far below the floor.
-- lights cannot change once a scene is built: a reset that needs other lights builds all of it anew.
+- lights cannot change once a scene is built: a reset that needs other lights builds it again.
 - the arm follows one step of Levenberg-Marquardt on the Jacobian, on a CPU Pinocchio's inverse
   kinematics.
 - all scenes settle together, so each gets the longest time that any may need.
@@ -61,7 +61,7 @@ class PutOnPlates(PutOnPlate):
         self.fingers = [self.agent.finger1_link, self.agent.finger2_link]
 
     def _clear(self):
-        """Before the scenes are built anew, and at the end: whatever holds the old ones would keep
+        """Before the scenes are built again, and at the end: whatever holds the old ones would keep
         them on the GPU."""
         for name in ("objects", "plate", "table_tops", "camera_mount", "links", "fingers",
                      "contact_query", "_sensor_configs", "segmentation_id_map"):  # fmt: skip

@@ -10,7 +10,6 @@ import copy
 
 import pytest
 import torch
-from tools.bench_policy import OPENVLA_7B
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from backbones.layers import STEP_BOUNDS
 from backbones.pi0 import PI, PI_KIND
 from policies import FlowPolicy, TokenPolicy
+from tools.bench_policy import OPENVLA_7B
 
 ONE_DTYPE = ("norm", "mm", "convolution", "attention", "dot", "linear")
 BETWEEN_DEVICES = ("_to_copy", "copy_", "index", "index_put_", "_index_put_impl_", "_unsafe_index")

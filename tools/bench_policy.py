@@ -1,7 +1,7 @@
 """Seconds and memory of one rollout step and one update of OpenVLA, beside the mere arithmetic.
 
-    python tools/bench_policy.py               # measures: 7B on a GPU, openvla-tiny on a CPU python
-    tools/bench_policy.py --derive      # no weights, no GPU: memory and time of 7B, from shapes
+    python tools/bench_policy.py               # measures: 7B on a GPU, openvla-tiny on a CPU
+    python tools/bench_policy.py --derive      # no weights, no GPU: memory and time, from shapes
     python tools/bench_policy.py --full-cpu    # 7B on a CPU once: 15 GB of disk, 18 GB of memory
 
 Measured: the median of several calls of policy.act and ppo_pair.update, after one to warm up. The
