@@ -202,7 +202,9 @@ def test_wrong_arguments():
             envs.make_envs(**wrong)
     with pytest.raises(Fault, match="nothing"):
         envs.make_env("nothing")
-    with pytest.raises(Fault, match="32 x 32 pixels.* wants 96 x 96: .*-flat"):
+    with pytest.raises(Fault, match="flat has no scene in ManiSkill"):
+        envs.make_env("flat")
+    with pytest.raises(Fault, match="32 x 32 pixels .* wants 96 x 96: .*-flat"):
         envs.make_envs(2, "flat", image_size=96)
     with pytest.raises(Fault, match="no camera that turns"):
         envs.make_envs(2, "flat").reset([0, 1], "camera+20")
@@ -350,7 +352,7 @@ def test_frame_shows_the_split(env, start):
         return (np.abs(looks[split][0].astype(int) - rgb).max(-1) > 8)[where].mean()
 
     assert changed("texture", ~mask) > 0.5 and changed("texture", mask) < 0.02
-    assert changed("lighting", mask) > 0.25  # held-out lights are near the training light
+    assert changed("lighting", mask) > 0.5
     assert np.array_equal(looks["camera+0"][0], rgb)
     assert 0.02 < changed("clutter-8", ~mask) < 0.5
     assert (
@@ -840,6 +842,7 @@ def test_check_on_a_mac_and_on_arm(monkeypatch, here):
         Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"
     ):
         preflight.check("builtin")
+    preflight.check("flat")  # which needs none
 
 
 @pytest.mark.parametrize(
@@ -883,7 +886,7 @@ def test_check_survives_a_driver_that_crashes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     ((), "nothing to do"),
     (("--check", "--assets", "nothing"), "unknown --assets"),
-    (("--gallery", "sheet.jpg"), "must end in .png"),
+    (("--gallery", "sheet.jpg"), "the name must end in .png"),
 ])  # fmt: skip
 def test_command_line_errors(flags, words):
     run = command_line(*flags)
