@@ -223,6 +223,8 @@ def find_pack(assets: str):
 
 def make_env(assets: str, image_size: int | None = None, resize: str | None = None):
     """One bare scene in this process -> scenes.task.PutOnPlate."""
+    if assets == "flat":
+        raise Fault("--assets flat has no scene in ManiSkill: make_envs makes its environments")
     pack = find_pack(assets)
     from scenes.task import PutOnPlate
 

@@ -202,6 +202,8 @@ def test_wrong_arguments():
             envs.make_envs(**wrong)
     with pytest.raises(Fault, match="nothing"):
         envs.make_env("nothing")
+    with pytest.raises(Fault, match="flat has no scene in ManiSkill"):
+        envs.make_env("flat")
     with pytest.raises(Fault, match="32 x 32 pixels .* wants 96 x 96: .*-flat"):
         envs.make_envs(2, "flat", image_size=96)
     with pytest.raises(Fault, match="no camera that turns"):
@@ -840,6 +842,7 @@ def test_check_on_a_mac_and_on_arm(monkeypatch, here):
         Fault, match=rf"Linux with an x86-64 .* {here[0]} on {here[1]}: .*openvla-flat"
     ):
         preflight.check("builtin")
+    preflight.check("flat")  # which needs none
 
 
 @pytest.mark.parametrize(

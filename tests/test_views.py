@@ -64,7 +64,7 @@ def grasp(env, start, episode_id, split="train"):
 @pytest.mark.parametrize("split, held", [("clutter-4", False), ("train", True)])
 def test_mask_is_robot_target_and_plate(env, start, split, held):
     if held:
-        grasp(env, start, 4, split)
+        grasp(env, start, 7, split)  # the plate is in sight
     else:
         start(env, 4, split, rebuild=False)
     rgb, ids = env.picture()
@@ -217,9 +217,8 @@ def test_composite_and_rerender_agree(scene, start, pack, held):
     if held:
         grasp(env, start, 4)
     else:
-        start(
-            env, 11, "clutter-8", rebuild=False
-        )  # a distractor stands in front of the target or the plate
+        # A distractor stands in front of the target or the plate
+        start(env, dict(builtin=16, rl4vla=11)[pack], "clutter-8", rebuild=False)
     rgb, ids = (x.copy() for x in env.picture())
     mask = env.foreground(ids)
     table = int(np.random.default_rng(3).integers(16))

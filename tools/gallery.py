@@ -89,7 +89,7 @@ def pictures(env) -> list:
         row = [rgb, shown, empty[0], composite(rgb, mask, empty), *alt]
         rows.append(("the pair", text, row, captions))
 
-    reset(11, "clutter-8")
+    reset(16, "clutter-8")
     rgb, mask = look()
     table = int(np.random.default_rng(3).integers(env.pack.train_tables))
     pre = composite(rgb, mask, env.empty_tables([table]))
