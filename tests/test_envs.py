@@ -886,7 +886,7 @@ def test_check_survives_a_driver_that_crashes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     ((), "nothing to do"),
     (("--check", "--assets", "nothing"), "unknown --assets"),
-    (("--gallery", "sheet.jpg"), "the name must end in .png"),
+    (("--gallery", "sheet.jpg"), "must end in .png"),
 ])  # fmt: skip
 def test_command_line_errors(flags, words):
     run = command_line(*flags)
