@@ -387,7 +387,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
             return path
         except Fault as error:
             print(f"{error}. Going back to the checkpoint before.", file=sys.stderr)
-    raise Fault(f"{run_dir} holds no whole checkpoint-* directory: name another run, or start one")
+    raise Fault(f"{run_dir} holds no whole checkpoint-* directory: name another --resume")
 
 
 def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:

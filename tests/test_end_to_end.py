@@ -228,7 +228,7 @@ def test_a_killed_worker_ends_the_run_and_the_checkpoint_still_loads(start, tmp_
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(c) for c in children if b"_worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    workers = [int(c) for c in children if b"serve(" in Path(f"/proc/{c}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2 and "SIGKILL" in stderr and "Traceback" not in stderr

@@ -57,7 +57,8 @@ def run(desk, monkeypatch):
 
 def of(text: str) -> list[str]:
     """The commands in a part of the lesson."""
-    return [command for command in commands(LESSON) if command in " ".join(text.split())]
+    text = " ".join(text.replace("\\\n", " ").split())
+    return [command for command in commands(LESSON) if command in text]
 
 
 def test_the_flat_half_runs(run, desk):
