@@ -52,6 +52,8 @@ class Args:
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 3600
     """optimizer steps of behaviour cloning"""
+    astray: float = 0.0
+    """share of a demonstration's moves that go anywhere instead (flat)"""
     grounding: bool = True
     """both stages ask where things are"""
     keep_seeing: bool = False
@@ -62,8 +64,8 @@ class Args:
     """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
 
 
-FLAT = dict(assets="flat", scenes=4096, demos=8192, pretrain_steps=700, clone_steps=2000,
-            keep_seeing=True, learning_rate=3e-3)  # fmt: skip
+FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
+            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
 DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": {}, "openvla-flat": FLAT, "pi05-flat": FLAT}
 
 
@@ -119,9 +121,12 @@ def collect(environments, split: str, episode_ids, noise: float, rate: float, se
     return episodes
 
 
-def collect_flat(vec, split: str, ids: range, noise: float, rate: float, seed: int) -> list[dict]:
+def collect_flat(
+    vec, split: str, ids: range, noise: float, rate: float, seed: int, astray: float = 0.0
+) -> list[dict]:
     """`collect` in Flatland, where all environments play at once. In `classes` is every second
-    pixel."""
+    pixel. A share `astray` of the moves goes anywhere: a policy that errs has the hand anywhere,
+    and what it would do at o_pre is what Eq. (2) teaches."""
     episodes, pack = [], vec.pack
     for start in range(0, len(ids), vec.num_envs):
         part = list(ids[start : start + vec.num_envs])
@@ -134,11 +139,14 @@ def collect_flat(vec, split: str, ids: range, noise: float, rate: float, seed: i
             frames.append(seen | labels)
             moved = rng.random((vec.num_envs, 1, 1)) < rate
             moved = moved * rng.normal(0, noise * pack.largest_move, action.shape)
-            obs, _, done, info = vec.step(action + torch.from_numpy(moved).float())
+            lost = rng.random((vec.num_envs, 1, 1)) < astray
+            anywhere = rng.uniform(-1, 1, action.shape) * pack.largest_move
+            moved = np.where(lost, anywhere, action.numpy() + moved)
+            obs, _, done, _ = vec.step(torch.from_numpy(moved).float())
         for i, episode_id in enumerate(part):
             e = {name: np.stack([frame[name][i] for frame in frames]) for name in frames[0]}
             objects = e.pop("objects")[0]
-            e |= dict(objects=objects[objects >= 0], success=bool(info["success"][i]))
+            e |= dict(objects=objects[objects >= 0], success=True)  # the labels are right anyway
             e["object_xyz"] = e["object_xyz"][:, : len(e["objects"])]
             episodes.append(dict(e, id=episode_id))
     return episodes
@@ -376,6 +384,7 @@ def main(args: Args):
         # acts in chunks gets fewer.
         how = (0.25, 1 / max(2, untrained.horizon), args.seed)
         mixed = round(args.demos * args.distractor_share)
+        how += (args.astray,) if flat else ()
         demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos - mixed), *how)
         demos += gather(vec, "train", episode_ids("mixed demos", 0, 0, mixed), *how)
         held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)
