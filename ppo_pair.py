@@ -39,12 +39,12 @@ import views
 BACKBONES = ("openvla", "pi05", "pi0", "openvla-tiny", "pi05-tiny", "openvla-flat", "pi05-flat")
 PRESETS = {
     # the paper's (Table 3). It has no pi0: that column is pi0.5's with RLinf's differences.
-    "iterations":             (240,      280,      280,      16,        20,        60,     60),
+    "iterations":             (240,      280,      280,      16,        20,        40,     40),
     "num_envs":               (128,      320,      320,      64,        64,        256,    256),
     "num_steps":              (80,       80,       80,       80,        80,        12,     12),
     "batch_size":             (640,      5120,     5120,     640,       256,       256,    256),
     "update_epochs":          (1,        5,        4,        1,         2,         1,      1),
-    "inv_coef":               (1.0,      4.0,      4.0,      2.5,       15.0,      1.0,    4.0),
+    "inv_coef":               (1.0,      4.0,      4.0,      2.5,       15.0,      0.3,    4.0),
     "sen_coef":               (0.2,      4.0,      4.0,      0.12,      6.0,       0.2,    4.0),
     "sen_clip":               (0.8,      0.08,     0.08,     0.8,       0.08,      0.8,    0.08),
     "horizon":                (None,     8,        8,        None,      8,         None,   8),

@@ -51,7 +51,11 @@ def test_an_episode_depends_on_its_id_alone(split):
 def test_splits_differ_in_what_they_name():
     ids = range(2000)
     train = episodes("train", ids)
-    assert (train["objects"] < 16).all() and (train["table"] < 16).all() and (train["light"] == 0).all()
+    assert (
+        (train["objects"] < 16).all()
+        and (train["table"] < 16).all()
+        and (train["light"] == 0).all()
+    )
     assert set(train["objects"][:, 0]) == set(range(16)) and set(train["table"]) == set(range(16))
     assert (train["objects"][:, 0] != train["objects"][:, 1]).all()
     same = dict(
@@ -71,7 +75,11 @@ def test_splits_differ_in_what_they_name():
     inside = ((train["at"] >= 6) & (train["at"] < 26)).all(-1)
     assert inside.all()
     pose = episodes("pose", ids)["at"]
-    assert not ((pose[:, 1] >= 6) & (pose[:, 1] < 26)).all(-1).any() and (pose[:, 1] >= 3).all() and (pose[:, 1] < 29).all()
+    assert (
+        not ((pose[:, 1] >= 6) & (pose[:, 1] < 26)).all(-1).any()
+        and (pose[:, 1] >= 3).all()
+        and (pose[:, 1] < 29).all()
+    )
     for k in (2, 4, 6, 8):
         objects = episodes(f"clutter-{k}", ids)["objects"]
         assert objects.shape == (2000, 1 + k) and ((objects >= 16).sum(1) == k // 2).all()
@@ -81,7 +89,9 @@ def test_splits_differ_in_what_they_name():
 
 def test_things_lie_apart_and_placing_ends():
     for split, gap in (("train", flat.GAP), ("pose", flat.GAP), ("clutter-8", 4)):
-        at = np.concatenate([episodes(split, range(i, i + 1000))["at"] for i in range(0, 10_000, 1000)])
+        at = np.concatenate(
+            [episodes(split, range(i, i + 1000))["at"] for i in range(0, 10_000, 1000)]
+        )
         apart = abs(at[:, :, None] - at[:, None]).max(-1) + 99 * np.eye(at.shape[1], dtype=int)
         assert apart.min() >= gap, (split, apart.min())
         assert (abs(at - np.array(flat.START)).max(-1) > flat.TOUCH).all()
@@ -97,7 +107,10 @@ def test_the_oracle_solves_every_split(split):
         returns += reward
         assert done.all() == (step == PACK.max_episode_steps - 1)
     assert info["success"].float().mean() >= 0.95
-    assert torch.allclose(returns, info["episode_return"]) and (returns[info["success"]] >= 1.1 - 1e-6).all()
+    assert (
+        torch.allclose(returns, info["episode_return"])
+        and (returns[info["success"]] >= 1.1 - 1e-6).all()
+    )
 
 
 def test_a_chunk_is_its_steps():
@@ -139,13 +152,17 @@ def test_mask_and_composite():
     ids = range(200)
     train = play(vec, ids, "train", 1)
     pre, away = train["rgb_pre"], (train["rgb_pre"] != train["rgb"]).any(-1)
-    b = torch.stack([(tables == p).flatten(1).float().mean(1).argmax() for p in pre])  # the table that rgb_pre is on
+    b = torch.stack(
+        [(tables == p).flatten(1).float().mean(1).argmax() for p in pre]
+    )  # the table that rgb_pre is on
     composite = torch.where(train["mask"][..., None], train["rgb"], tables[b])
     same = (composite == pre).flatten(1).all(1)
     assert same.float().mean() > 0.9 and away.any()
     assert len(set(b.tolist())) == 16 and (b != torch.from_numpy(vec.table)).any()
     wrong = (composite != pre).any(-1)
-    assert not (wrong & train["mask"]).any()  # a bite is where a distractor lies, never on what is kept
+    assert not (
+        wrong & train["mask"]
+    ).any()  # a bite is where a distractor lies, never on what is kept
 
 
 def test_the_altered_view_moves_the_target_alone():
@@ -156,7 +173,9 @@ def test_the_altered_view_moves_the_target_alone():
     assert (changed.sum((1, 2)) <= 60).all()  # two sprites at most
     again = play(vec, range(300), "train", 0, alter_seed=5)
     other = play(vec, range(300), "train", 0, alter_seed=6)
-    assert torch.equal(again["rgb_alt"], obs["rgb_alt"]) and not torch.equal(other["rgb_alt"], obs["rgb_alt"])
+    assert torch.equal(again["rgb_alt"], obs["rgb_alt"]) and not torch.equal(
+        other["rgb_alt"], obs["rgb_alt"]
+    )
     assert torch.equal(other["rgb"], obs["rgb"])
     u = flat.chance(5, np.arange(20_000), 0)
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.std() - 12**-0.5) < 0.01
@@ -168,7 +187,11 @@ def test_views_do_not_change_the_world():
     assert set(b) - set(a) == set(VIEWS) and all(torch.equal(a[k], b[k]) for k in a)
     assert viewed.view_seconds > 0
     assert all(b[k].dtype == torch.uint8 and b[k].shape == (50, 32, 32, 3) for k in ("rgb", *VIEWS))
-    assert b["mask"].dtype == torch.bool and b["state"].shape == (50, 8) and b["state"].dtype == torch.float32
+    assert (
+        b["mask"].dtype == torch.bool
+        and b["state"].shape == (50, 8)
+        and b["state"].dtype == torch.float32
+    )
 
 
 def test_one_split_per_environment():
@@ -177,7 +200,9 @@ def test_one_split_per_environment():
     for i, name in enumerate(NAMES):
         alone = play(make(1), [i], name)
         assert all(torch.equal(mixed[k][i], alone[k][0]) for k in mixed), name
-    assert vec.instructions[0] == f"put {PACK.names[episodes('train', [0])['objects'][0, 0]]} on plate"
+    assert (
+        vec.instructions[0] == f"put {PACK.names[episodes('train', [0])['objects'][0, 0]]} on plate"
+    )
 
 
 def test_a_step_takes_no_time():
