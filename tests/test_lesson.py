@@ -58,7 +58,7 @@ def run(desk, monkeypatch):
 def of(text: str) -> list[str]:
     """The commands in a part of the lesson."""
     text = " ".join(text.replace("\\\n", " ").split())
-    return [command for command in commands(LESSON) if command in text]
+    return [c for c in commands(LESSON) if c in text and c.startswith("python ")]
 
 
 def test_the_flat_half_runs(run, desk):
