@@ -5,7 +5,6 @@ The method is in ppo_pair.py. Of a policy, this file knows the contract in polic
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -450,20 +449,24 @@ class RunState:
         trainer |= dict(optimizer=self.optimizer.state_dict(), target=self.target.state())
         return save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All that an update may change, whether or not it trains in the critic's warm-up."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def snapshot(self):
-        """What one update changes, copied to the CPU: one that SIGTERM cuts short is undone."""
+        """What one update changes, on the CPU: an update that SIGTERM cuts short is undone."""
         if RANK > 0:  # rank 0 saves
             return None
-        weights = {
-            k: p.detach().cpu().clone()
-            for k, p in self.policy.named_parameters()
-            if p.requires_grad
-        }
-        return weights, copy.deepcopy(self.optimizer.state_dict())
+        weights = [p.detach().cpu().clone() for p in self.parameters()]
+        saved = self.optimizer.state_dict()
+        state = {i: {k: v.cpu().clone() for k, v in s.items()} for i, s in saved["state"].items()}
+        return weights, saved | dict(state=state)
 
+    @torch.no_grad()
     def restore(self, before):
         if before is not None:
-            self.policy.load_state_dict(before[0], strict=False)
+            for p, weight in zip(self.parameters(), before[0]):
+                p.copy_(weight)
             self.optimizer.load_state_dict(before[1])
 
     def say_how_to_go_on(self):
@@ -571,11 +574,7 @@ class Means:
 
 
 # ------------------------------------------------------------------------------------------ guards
-MAX_RATIO_DEV = {
-    torch.float32: 0.01,
-    torch.float64: 0.01,
-}  # of the mean |ratio - 1| before any step
-MAX_RATIO_DEV_BF16 = 0.1  # bfloat16 rounds to 0.03 in 32 layers; a mistake is larger
+MAX_RATIO_DEV, MAX_RATIO_DEV_BF16 = 0.01, 0.1  # bfloat16 rounds to 0.03 in 32 layers
 
 
 def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_dir):
@@ -596,7 +595,8 @@ def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_
     if means.first is not None:
         return
     means.first = means.step["ratio_dev"].item()
-    if means.first > MAX_RATIO_DEV.get(policy.dtype, MAX_RATIO_DEV_BF16):
+    bfloat16 = policy.dtype == torch.bfloat16
+    if means.first > (MAX_RATIO_DEV_BF16 if bfloat16 else MAX_RATIO_DEV):
         raise Fault(
             f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
             "before any step): the policy's act and evaluate_actions disagree"

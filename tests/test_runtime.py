@@ -214,3 +214,26 @@ def test_moments_are_those_of_numpy():
         pytest.approx(x.double().std(unbiased=False).item()),
         21,
     )
+
+
+def test_an_update_that_is_cut_short_is_undone_after_the_critics_warm_up_too():
+    """Before the first update of the policy its weights are still frozen by the warm-up."""
+    policy = torch.nn.ModuleDict({"trunk": torch.nn.Linear(3, 3), "head": torch.nn.Linear(3, 1)})
+    groups = [dict(params=list(policy[name].parameters())) for name in ("trunk", "head")]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    state = runtime.RunState(ppo_pair.preset(), policy, optimizer, None, None)
+
+    def step():
+        policy.requires_grad_(True)
+        policy["head"](policy["trunk"](torch.ones(2, 3))).sum().backward()
+        optimizer.step()
+
+    step()
+    policy["trunk"].requires_grad_(False)
+    before, weights = state.snapshot(), [p.detach().clone() for p in policy.parameters()]
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    step()
+    assert not any(torch.equal(p, q) for p, q in zip(policy.parameters(), weights))
+    state.restore(before)
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), weights))
+    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments))
