@@ -13,10 +13,7 @@ privileged state and acts through the same 7-D actions.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -338,34 +335,6 @@ def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
         bar.set_postfix(success=f"{np.mean([e['success'] for e in episodes]):.2f}")
     bar.close()
     return sorted(episodes, key=lambda e: e["id"])  # whatever the number of cores
-
-
-def cache_key(args: Args) -> str:
-    """Changes with everything a warm start depends on: the flags, this file, the simulator's, the
-    model's and its loss."""
-    here = Path(__file__).parent
-    parts = [json.dumps({k: v for k, v in vars(args).items() if k != "out"}, sort_keys=True)]
-    files = [here / name for name in ("sft.py", "envs.py", "policies.py")]
-    files += [*sorted(here.glob("scenes/*.py")), *sorted(here.glob("backbones/*.py"))]
-    parts += [file.read_text() for file in files]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-
-
-def warm_start(backbone: str) -> Path:
-    """The directory of a tiny backbone's warm start: the one in the repo, else trained now and kept
-    in runs/."""
-    shipped = Path(__file__).parent / "warmstart" / backbone
-    if shipped.is_dir():
-        return shipped
-    args = preset(backbone)
-    cached = Path(__file__).parent / "runs" / f"sft_{backbone}_{cache_key(args)}"
-    if not cached.is_dir():
-        print(
-            f"no warm start for {backbone} yet: training one takes a while (progress bars follow)",
-            file=sys.stderr,
-        )
-        main(dataclasses.replace(args, out=str(cached)))
-    return cached
 
 
 def main(args: Args):

@@ -1,7 +1,6 @@
 """The warm start: labels that mean what they say, losses that train, and the cache."""
 
 import copy
-import dataclasses
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -256,9 +255,3 @@ def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
 def test_a_big_backbone_is_refused():
     with pytest.raises(Fault, match="openvla-tiny.*come with a checkpoint"):
         sft.preset("openvla")
-
-
-def test_the_cache_key_depends_on_flags_but_not_on_the_place():
-    args = sft.Args()
-    assert sft.cache_key(args) == sft.cache_key(dataclasses.replace(args, out="elsewhere"))
-    assert sft.cache_key(args) != sft.cache_key(dataclasses.replace(args, demos=args.demos + 1))

@@ -230,7 +230,7 @@ def iteration_table(args: Args):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = ppo_pair.preset("openvla-tiny", target_kl=0.0)  # no update ends early
     ppo = ppo_pair.preset("openvla-tiny", target_kl=0.0, inv_coef=0.0, sen_coef=0.0)
-    policy = policies.load_policy("openvla-tiny", sft.warm_start("openvla-tiny"))
+    policy = policies.load_policy("openvla-tiny", policies.default_checkpoint("openvla-tiny"))
     policy.detach_value = pair.detach_value
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if all(p is not q for q in head)]

@@ -39,6 +39,7 @@ ARMS = {
     "target: the rollout's": "--inv-target-rate 1",
     "target: an average": "--inv-target-rate 0.1",
     "target: the start": "--inv-target-rate 0",
+    "lambda_inv 0.3": "--inv-coef 0.3",
     "lambda_inv 1": "--inv-coef 1",
     "lambda_inv 2": "--inv-coef 2",
     "lambda_inv 4": "--inv-coef 4",
@@ -77,6 +78,11 @@ def play(args: Args, arm: str, seed: int) -> dict:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
     if code:
         raise Fault(f"{arm}, seed {seed} ended with {code}: see {run.with_suffix('.txt')}")
+    return record_of(run, args.episodes, arm, seed, f"{args.flags} {ARMS[arm]}".strip())
+
+
+def record_of(run: Path, episodes: int, arm: str, seed: int, flags: str) -> dict:
+    """Curves and outcomes of a finished run, packed."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     curves = {k: [round(line.get(k, 0.0), 4) for line in lines] for k in CURVES}
     seconds = sum(line["rollout_seconds"] + line["update_seconds"] for line in lines)
@@ -87,8 +93,7 @@ def play(args: Args, arm: str, seed: int) -> dict:
     packed = {
         m: {s: np.packbits(b).tobytes().hex() for s, b in of.items()} for m, of in bits.items()
     }
-    flags = f"{args.flags} {ARMS[arm]}".strip()
-    return dict(arm=arm, seed=seed, flags=flags, episodes=args.episodes, seconds=round(seconds),
+    return dict(arm=arm, seed=seed, flags=flags, episodes=episodes, seconds=round(seconds),
                 curves=curves, **packed)  # fmt: skip
 
 
@@ -113,11 +118,12 @@ def table_of(records: list[dict]) -> str:
     for metric in METRICS:
         success = outcomes.success[metric]
         first, a = next(iter(success.items()))
-        rows = [["arm", "seeds", *columns, f"OOD average - {first}", f"train - {first}"]]
+        changed = ("OOD average", "clutter", "train")
+        rows = [["arm", "seeds", *columns, *(f"{name} - {first}" for name in changed)]]
         for arm, x in success.items():
             cells = [percent(rate(x, row)) for row in columns.values()]
-            changes = [percent(difference(a, x, columns[c]), "+") for c in ("OOD average", "train")]
-            rows.append([arm, str(len(x)), *cells, *(changes if arm != first else ["", ""])])
+            changes = [percent(difference(a, x, columns[name]), "+") for name in changed]
+            rows.append([arm, str(len(x)), *cells, *(changes if arm != first else [""] * 3)])
         parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
     return "\n".join(parts)
 
