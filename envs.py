@@ -264,9 +264,16 @@ def choose_sim(sim: str) -> str:
 
 
 def make_envs(
-    num_envs, assets="builtin", *, image_size=None, resize=None, num_workers=None, alter=None,
-    preserve=None, sim="cpu",
-):  # fmt: skip
+    num_envs,
+    assets="builtin",
+    *,
+    image_size=None,
+    resize=None,
+    num_workers=None,
+    alter=None,
+    preserve=None,
+    sim="cpu",
+):
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
     core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
     with GPU physics -> CudaVecEnv.

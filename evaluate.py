@@ -119,8 +119,21 @@ def ablated(obs: dict, instructions: list[str], ablate: str, noise: torch.Genera
 
 
 @torch.no_grad()
-def play_episodes(policy, envs, split, episode_ids, temperature, seed=0, ablate="none", *,
-                  video_dir=None, num_videos=0, bar=None, rank=0, world=1):  # fmt: skip
+def play_episodes(
+    policy,
+    envs,
+    split,
+    episode_ids,
+    temperature,
+    seed=0,
+    ablate="none",
+    *,
+    video_dir=None,
+    num_videos=0,
+    bar=None,
+    rank=0,
+    world=1,
+):
     """Play each episode once -> one record per episode, in the order of `episode_ids`.
 
     bar: a tqdm that counts episodes. Of `world` ranks each plays every world-th batch; together
@@ -153,16 +166,20 @@ def play_episodes(policy, envs, split, episode_ids, temperature, seed=0, ablate=
         assert done.all(), "every episode ends at max_episode_steps"
 
         for i, episode_id in enumerate(ids):
-            records.append({
-                "split": split,
-                "episode_id": int(episode_id),
-                "seed": seed,
-                "instruction": instructions[i],
-                "success_once": bool(info["success_once"][i]),
-                "success_at_end": bool(info["success"][i]),
-                "steps": steps,
-                "sum_reward": float(info["episode_return"][i]),  # the return, under LeRobot's name
-            })  # fmt: skip
+            records.append(
+                {
+                    "split": split,
+                    "episode_id": int(episode_id),
+                    "seed": seed,
+                    "instruction": instructions[i],
+                    "success_once": bool(info["success_once"][i]),
+                    "success_at_end": bool(info["success"][i]),
+                    "steps": steps,
+                    "sum_reward": float(
+                        info["episode_return"][i]
+                    ),  # the return, under LeRobot's name
+                }
+            )
         for i, record in enumerate(records[-len(ids) :][:num_filmed]):
             outcome = "success" if record["success_once"] else "failure"
             file = Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4"
@@ -186,8 +203,15 @@ def write_video(path: Path, frames: Sequence[np.ndarray], upscale: int = 4, fps:
 
 
 # ------------------------------------------------------------------------------------- records
-KINDS = {"split": str, "episode_id": int, "seed": int, "instruction": str, "success_once": bool,
-         "success_at_end": bool, "sum_reward": float}  # fmt: skip
+KINDS = {
+    "split": str,
+    "episode_id": int,
+    "seed": int,
+    "instruction": str,
+    "success_once": bool,
+    "success_at_end": bool,
+    "sum_reward": float,
+}
 
 
 def find_records(path: str | Path) -> Path:
@@ -596,8 +620,10 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
     saved = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}
     if not directory.is_dir():
         if not args.backbone:
-            raise Fault(f"the checkpoint directory {directory} does not exist: check --checkpoint; "
-                        "one on the Hub needs --backbone besides")  # fmt: skip
+            raise Fault(
+                f"the checkpoint directory {directory} does not exist: check --checkpoint; "
+                "one on the Hub needs --backbone besides"
+            )
         return args.checkpoint, saved
     if runtime.checkpoints(directory):
         directory = runtime.newest_checkpoint(directory)
@@ -610,8 +636,10 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
-        raise Fault(f"{directory} is a checkpoint of {saved['backbone']}, not of {args.backbone}: "
-                    "leave --backbone out")  # fmt: skip
+        raise Fault(
+            f"{directory} is a checkpoint of {saved['backbone']}, not of {args.backbone}: "
+            "leave --backbone out"
+        )
     return str(directory), saved
 
 
@@ -638,8 +666,10 @@ def records_to_keep(out: Path, protocol: dict, splits: Sequence[str]) -> list[di
     differs = [name for name, value in protocol.items() if old[0][name] != value]
     if differs and any(record["split"] not in splits for record in old):
         name = differs[0]
-        raise Fault(f"{out} holds episodes whose {name} is {old[0][name]}, not {protocol[name]}: "
-                    "pass another --out")  # fmt: skip
+        raise Fault(
+            f"{out} holds episodes whose {name} is {old[0][name]}, not {protocol[name]}: "
+            "pass another --out"
+        )
     return [] if differs else old
 
 
@@ -687,7 +717,7 @@ def main(args: Args):
             num_workers=workers,
             image_size=policy.image_size,
             resize=policy.resize,
-        ) as envs,  # fmt: skip
+        ) as envs,
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):
         protocol = {
@@ -711,9 +741,19 @@ def main(args: Args):
                     videos = args.video if seed == args.seeds[0] else 0
                     parts = [None] * world
                     parts[rank] = play_episodes(
-                        policy, envs, split, ids, args.temperature, seed, args.ablate, bar=bar,
-                        video_dir=out / "videos", num_videos=videos, rank=rank, world=world,
-                    )  # fmt: skip
+                        policy,
+                        envs,
+                        split,
+                        ids,
+                        args.temperature,
+                        seed,
+                        args.ablate,
+                        bar=bar,
+                        video_dir=out / "videos",
+                        num_videos=videos,
+                        rank=rank,
+                        world=world,
+                    )
                     runtime.collective(dist.all_gather_object, parts, parts[rank])
                     played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
                     records += [record | protocol for record in played]

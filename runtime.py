@@ -744,9 +744,9 @@ class RunLog:
 HEALTH = dict(
     reward=".3f", explained_variance="+.2f", ratio_dev=".0e", clipfrac=".2f", approx_kl=".4f",
     entropy=".2f", grad_norm=".2f", inv_kl=".3f", sen_kl=".3f", sen_clipped=".2f",
-    unrelated_kl=".3f",
+    unrelated_kl=".3f", updates=".0f",
 )  # fmt: skip
-SHORT = dict(explained_variance="ev", approx_kl="kl", grad_norm="grad")
+SHORT = dict(explained_variance="ev", approx_kl="kl", grad_norm="grad", updates="steps")
 
 
 def health_line(iteration: int, stats: dict, recent: list, warming: bool) -> str:

@@ -157,12 +157,17 @@ def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
     for e in episodes:
         n, absent = len(e["action"]), 5 - len(e["objects"])
         ahead = np.minimum(np.arange(n)[:, None] + np.arange(horizon), n - 1)  # (T, horizon)
-        parts.append(dict(
-            rgb=e["rgb"], classes=e["classes"], action=e["action"], where=np.float32(e["where"]),
-            chunk=e["action"][ahead],
-            object_ids=np.tile(np.pad(e["objects"], (0, absent), constant_values=-1), (n, 1)),
-            object_xyz=np.float32(np.pad(e["object_xyz"], ((0, 0), (0, absent), (0, 0)))),
-        ))  # fmt: skip
+        parts.append(
+            dict(
+                rgb=e["rgb"],
+                classes=e["classes"],
+                action=e["action"],
+                where=np.float32(e["where"]),
+                chunk=e["action"][ahead],
+                object_ids=np.tile(np.pad(e["objects"], (0, absent), constant_values=-1), (n, 1)),
+                object_xyz=np.float32(np.pad(e["object_xyz"], ((0, 0), (0, absent), (0, 0)))),
+            )
+        )
     return {k: torch.from_numpy(np.concatenate([part[k] for part in parts])) for k in parts[0]}
 
 

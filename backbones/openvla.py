@@ -226,11 +226,13 @@ class OpenVLANetwork(nn.Module):
         layers = {f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)}
         self.projector = nn.ModuleDict(layers)
         self.language_model = LlamaForCausalLM(text)
-        self.value_head = nn.ModuleDict({
-            "head_l1": nn.Linear(text.hidden_size, 512),
-            "head_l2": nn.Linear(512, 128),
-            "head_l3": nn.Linear(128, 1, bias=False),
-        })  # fmt: skip
+        self.value_head = nn.ModuleDict(
+            {
+                "head_l1": nn.Linear(text.hidden_size, 512),
+                "head_l2": nn.Linear(512, 128),
+                "head_l3": nn.Linear(128, 1, bias=False),
+            }
+        )
         # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is
         # a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
@@ -352,9 +354,11 @@ class OpenVLANetwork(nn.Module):
         """Float32 adapters on every linear layer; only they and the value head train. alpha None:
         alpha = rank."""
         self.lora_config = lora_config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or self.lora_targets),
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules=list(targets or self.lora_targets),
             init_lora_weights="gaussian",
-        )  # fmt: skip
+        )
         inject_lora(self, self.lora_config)
         self.value_head.requires_grad_(True)
 

@@ -76,7 +76,7 @@ PI05_FLAT = PI05_TINY | {  # 32 x 32 pixels
     "vis_width": 64, "vis_depth": 1, "vis_heads": 4, "vis_mlp": 128,
     "vocab": 32, "depth": 2, "head_dim": 16,
     "vlm_width": 64, "vlm_mlp": 128, "exp_width": 64, "exp_mlp": 128,
-    "action_horizon": 2, "action_chunk": 2,
+    "action_horizon": 1, "action_chunk": 1,
     "_backbone": "pi05-flat", "_word_vocab": FLAT_VOCAB,
     "norm_stats": {"flat": {"actions": STEP_BOUNDS}},
 }  # fmt: skip
@@ -205,11 +205,13 @@ class Pi0Network(nn.Module):
             "position_embedding": nn.Embedding((c.image_size // c.patch) ** 2, c.vis_width),
         }
         layers = nn.ModuleList(SiglipEncoderLayer(vision) for _ in range(c.vis_depth))
-        tower = nn.ModuleDict({
-            "embeddings": nn.ModuleDict(embeddings),
-            "encoder": nn.ModuleDict({"layers": layers}),
-            "post_layernorm": nn.LayerNorm(c.vis_width, eps=c.layer_norm_eps),
-        })  # fmt: skip
+        tower = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": layers}),
+                "post_layernorm": nn.LayerNorm(c.vis_width, eps=c.layer_norm_eps),
+            }
+        )
         plain = GemmaDecoderLayer, GemmaRMSNorm
         parts = {
             "vision_tower": nn.ModuleDict({"vision_model": tower}),
@@ -219,10 +221,12 @@ class Pi0Network(nn.Module):
         words = nn.Embedding(c.vocab, c.vlm_width)
         kinds = (AdaDecoderLayer, AdaRMSNorm) if self.pi05 else plain
         expert = decoder(*kinds, gemma(c.exp_width, c.exp_mlp))
-        self.paligemma_with_expert = nn.ModuleDict({
-            "paligemma": nn.ModuleDict({"model": nn.ModuleDict(parts), "lm_head": words}),
-            "gemma_expert": nn.ModuleDict({"model": expert}),
-        })  # fmt: skip
+        self.paligemma_with_expert = nn.ModuleDict(
+            {
+                "paligemma": nn.ModuleDict({"model": nn.ModuleDict(parts), "lm_head": words}),
+                "gemma_expert": nn.ModuleDict({"model": expert}),
+            }
+        )
         self.action_in_proj = nn.Linear(c.action_dim, c.exp_width)
         self.action_out_proj = nn.Linear(c.exp_width, c.action_dim)
         if self.pi05:
@@ -357,9 +361,12 @@ class Pi0Network(nn.Module):
         """Float32 adapters on every linear layer of the VLM; they, the action expert and the value
         head train."""
         self.lora_config = lora_config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or self.lora_targets),
-            exclude_modules=r".*\bgemma_expert\..*", init_lora_weights="gaussian",
-        )  # fmt: skip
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules=list(targets or self.lora_targets),
+            exclude_modules=r".*\bgemma_expert\..*",
+            init_lora_weights="gaussian",
+        )
         self.lora_config.modules_to_save = None  # PEFT would train copies of them
         inject_lora(self, self.lora_config)
         saved = [key for key in self.state_dict() if self.in_adapter(key)]

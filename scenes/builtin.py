@@ -392,19 +392,33 @@ class LightPanda(Panda):
     @property
     def _controller_configs(self):
         arm = PDEEPoseControllerConfig(
-            self.arm_joint_names, pos_lower=-1.0, pos_upper=1.0, rot_lower=-np.pi / 2,
-            rot_upper=np.pi / 2, stiffness=1e3, damping=1e2, force_limit=100,
-            ee_link=self.ee_link_name, urdf_path=self.urdf_path, normalize_action=False,
+            self.arm_joint_names,
+            pos_lower=-1.0,
+            pos_upper=1.0,
+            rot_lower=-np.pi / 2,
+            rot_upper=np.pi / 2,
+            stiffness=1e3,
+            damping=1e2,
+            force_limit=100,
+            ee_link=self.ee_link_name,
+            urdf_path=self.urdf_path,
+            normalize_action=False,
             # DEVIATION: RL4VLA accumulates targets; here the camera sees all there is to know
             use_target=False,
-        )  # fmt: skip
+        )
         if not self.scene.gpu_sim_enabled:
             arm.controller_cls = EEPoseController
         gripper = PDJointPosMimicControllerConfig(
-            self.gripper_joint_names, lower=-0.01, upper=0.04, stiffness=1e3, damping=1e2,
-            force_limit=100, normalize_action=True, drive_mode="force",
+            self.gripper_joint_names,
+            lower=-0.01,
+            upper=0.04,
+            stiffness=1e3,
+            damping=1e2,
+            force_limit=100,
+            normalize_action=True,
+            drive_mode="force",
             mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
-        )  # fmt: skip
+        )
         return {"pd_ee_target_delta_pose": dict(arm=arm, gripper=gripper)}
 
 

@@ -63,8 +63,17 @@ class PutOnPlates(PutOnPlate):
     def _clear(self):
         """Before the scenes are built again, and at the end: whatever holds the old ones would keep
         them on the GPU."""
-        for name in ("objects", "plate", "table_tops", "camera_mount", "links", "fingers",
-                     "contact_query", "_sensor_configs", "segmentation_id_map"):  # fmt: skip
+        for name in (
+            "objects",
+            "plate",
+            "table_tops",
+            "camera_mount",
+            "links",
+            "fingers",
+            "contact_query",
+            "_sensor_configs",
+            "segmentation_id_map",
+        ):
             self.__dict__.pop(name, None)
         super()._clear()
 
@@ -297,8 +306,12 @@ class CudaVecEnv:
             env.elapsed += 1
             reward = reward + env.reward()
         done = torch.full((self.num_envs,), env.elapsed >= self.max_episode_steps)
-        info = dict(success=env.success, success_once=env.success_once, grasped=env.ever_grasped,
-                    episode_return=env.return_so_far)  # fmt: skip
+        info = dict(
+            success=env.success,
+            success_once=env.success_once,
+            grasped=env.ever_grasped,
+            episode_return=env.return_so_far,
+        )
         return self._look(), reward, done, {name: value.clone() for name, value in info.items()}
 
     def backgrounds(self, tables=None) -> torch.Tensor:

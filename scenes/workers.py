@@ -187,15 +187,23 @@ class VecEnv:
         self._slots = [list(map(int, part)) for part in slots]
         self._workers = []
         code = f"import sys; sys.path[:] = {sys.path!r}; from scenes.workers import serve; serve"
-        setup = dict(make=name_of(make), scene=(pack.name, image_size, resize), shape=shape,
-                     views={name: name_of(view) for name, view in views.items()})  # fmt: skip
+        setup = dict(
+            make=name_of(make),
+            scene=(pack.name, image_size, resize),
+            shape=shape,
+            views={name: name_of(view) for name, view in views.items()},
+        )
         for slots in self._slots:
             ours, theirs = socket.socketpair()
             fds = (theirs.fileno(), memory.fileno())
             # A process group of its own: Ctrl-C is the main process's to handle, from the worker's
             # first instant on
-            process = subprocess.Popen([sys.executable, "-c", f"{code}{fds}"], pass_fds=fds,
-                                       stdin=subprocess.DEVNULL, process_group=0)  # fmt: skip
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"{code}{fds}"],
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
             theirs.close()
             self._workers.append((process, Connection(ours.detach())))
             self._workers[-1][1].send(dict(setup, slots=slots))

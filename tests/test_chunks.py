@@ -106,9 +106,20 @@ def test_flow_sde_ppo_learns_what_is_written_in_the_image(sign):
     """The real rollout and update on a policy that knows nothing; with the advantage's sign flipped it unlearns."""
     torch.manual_seed(0)
     policy = toy_policy("pi05-tiny")
-    args = ppo_pair.preset("pi05-tiny", num_envs=64, num_steps=40, batch_size=256, device_batch_size=256, update_epochs=4, target_kl=0.0,
-                         inv_coef=0.0, sen_coef=0.0, sen_clip=0.8,
-                         gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+    args = ppo_pair.preset(
+        "pi05-tiny",
+        num_envs=64,
+        num_steps=40,
+        batch_size=256,
+        device_batch_size=256,
+        update_epochs=4,
+        target_kl=0.0,
+        inv_coef=0.0,
+        sen_coef=0.0,
+        sen_clip=0.8,
+        gamma=0.5,
+        max_grad_norm=10.0,
+    )
     optimizer, hits = torch.optim.AdamW(policy.parameters(), lr=3e-3), []
     for _ in range(25):
         batch, stats = ppo_pair.rollout(

@@ -171,8 +171,20 @@ def test_killed_at_random_instants_and_resumed_is_as_if_never_killed(tmp_path, b
 
 
 def test_ppo_baseline_computes_no_views(start, tmp_path):
-    done = run("ppo_pair.py", "--checkpoint", str(start), "--run-dir", str(tmp_path / "ppo"), "--iterations", "1",
-               "--inv-coef", "0", "--sen-coef", "0", *SMALL.split())  # fmt: skip
+    done = run(
+        "ppo_pair.py",
+        "--checkpoint",
+        str(start),
+        "--run-dir",
+        str(tmp_path / "ppo"),
+        "--iterations",
+        "1",
+        "--inv-coef",
+        "0",
+        "--sen-coef",
+        "0",
+        *SMALL.split(),
+    )
     assert done.returncode == 0, done.stderr
     assert "inv_kl" not in done.stdout + done.stderr and "sen_kl" not in done.stdout + done.stderr
     before, after = (
@@ -221,8 +233,12 @@ def test_a_killed_worker_ends_the_run_and_the_checkpoint_still_loads(start, tmp_
         *SMALL.split(),
     ]
     process = subprocess.Popen(
-        [sys.executable, "ppo_pair.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "ppo_pair.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 300
     while not (tmp_path / "run/checkpoint-000001").exists():
         assert process.poll() is None and time.time() < deadline

@@ -820,8 +820,14 @@ def test_a_worker_whose_main_process_is_gone_ends_quietly(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- preflight
 def command_line(*flags, **environment):
-    return subprocess.run([sys.executable, "envs.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, **environment})  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "envs.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
 
 
 def test_check():

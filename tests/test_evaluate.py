@@ -398,8 +398,19 @@ def test_main_writes_records_table_and_videos(toy_world, capsys):
         (s, k) for s in ("train", "pose") for k in (0, 1) for _ in range(6)
     ]
     assert [r["episode_id"] for r in records[:12]] == [*ids(6, 0), *ids(6, 1)]
-    protocol = dict(backbone="toy", assets="builtin", sim="cpu", temperature=0.6, num_envs=4, horizon=1, replan=2, steps=5,
-                    dtype="float32", ablate="none", checkpoint=str(checkpoint))  # fmt: skip
+    protocol = dict(
+        backbone="toy",
+        assets="builtin",
+        sim="cpu",
+        temperature=0.6,
+        num_envs=4,
+        horizon=1,
+        replan=2,
+        steps=5,
+        dtype="float32",
+        ablate="none",
+        checkpoint=str(checkpoint),
+    )
     assert set(protocol) == {*ev.PROTOCOL, "checkpoint"}
     expected = ev.play_episodes(Noisy(), Toy(4), "pose", ids(6, 1), 0.6, seed=1)
     assert records[18:] == [record | protocol for record in expected]
@@ -682,8 +693,18 @@ def test_compare_with_a_bad_file(tmp_path, content, sentence):
             ev.read_records(given)
 
 
-CHANGED = dict(backbone="pi05", assets="rl4vla", sim="cuda", temperature=1.0, num_envs=8, horizon=8, replan=5, steps=80,
-               dtype="bfloat16", ablate="black")  # fmt: skip
+CHANGED = dict(
+    backbone="pi05",
+    assets="rl4vla",
+    sim="cuda",
+    temperature=1.0,
+    num_envs=8,
+    horizon=8,
+    replan=5,
+    steps=80,
+    dtype="bfloat16",
+    ablate="black",
+)
 
 
 @pytest.mark.parametrize("name", ev.PROTOCOL)
@@ -695,8 +716,12 @@ def test_compare_refuses_another_protocol_by_name(tmp_path, name):
         rf"^{name} is .* for runs/a and {CHANGED[name]} for runs/b: evaluate both in the same way"
     )
     for arms in ((a, b), (f"X={a}", f"Y={b},{a}"), (f"X={a},{b}", f"Y={a}")):
-        with pytest.raises(ev.Fault, match=sentence.replace("runs/a and", "runs/. and").replace("for runs/b", "for runs/.")
-                           if "X" in str(arms[0]) else sentence):  # fmt: skip
+        with pytest.raises(
+            ev.Fault,
+            match=sentence.replace("runs/a and", "runs/. and").replace("for runs/b", "for runs/.")
+            if "X" in str(arms[0])
+            else sentence,
+        ):
             ev.main(ev.Args(compare=tuple(map(str, arms))))
 
 

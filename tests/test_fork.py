@@ -33,8 +33,9 @@ def apply(root: Path, name: str, lines: list[str]):
     def same(wanted, line):
         return line.startswith(wanted[:-3]) if wanted.endswith("...") else line == wanted
 
-    places = [i for i in range(len(text) - len(old) + 1)
-              if all(map(same, old, text[i : i + len(old)]))]  # fmt: skip
+    places = [
+        i for i in range(len(text) - len(old) + 1) if all(map(same, old, text[i : i + len(old)]))
+    ]
     assert len(places) == 1, f"{name}: {len(places)} places look like {old}"
     there, new = iter(text[places[0] :]), []
     for line in lines:
@@ -73,8 +74,12 @@ def fork(tmp_path_factory):
 def test_a_forked_file_is_clean(fork):
     files = {name for recipe in recipes() for name, _ in recipe}
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command, *files], cwd=fork,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *files],
+            cwd=fork,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout
 
 

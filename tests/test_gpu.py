@@ -182,8 +182,11 @@ def test_forces_belong_to_the_target_of_their_scene(three):
 
 def test_every_robot_gets_its_look(monkeypatch):
     looks, pack = [], rl4vla.PACK
-    monkeypatch.setattr(task.sapien_utils, "set_articulation_render_material",
-                        lambda robot, **look: looks.append((robot, look)))  # fmt: skip
+    monkeypatch.setattr(
+        task.sapien_utils,
+        "set_articulation_render_material",
+        lambda robot, **look: looks.append((robot, look)),
+    )
     env = SimpleNamespace(agent=SimpleNamespace(robot=SimpleNamespace(_objs=[7, 8, 9])), pack=pack)
     parent = SimpleNamespace(_load_agent=lambda *_: None)
     monkeypatch.setattr(task, "super", lambda: parent, raising=False)

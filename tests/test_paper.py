@@ -107,8 +107,16 @@ def test_files_in_backticks_are_there(page):
     forked = set(re.findall(r"^--- (.*)$", page.read_text(), re.M))  # made by a recipe
     for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|json|png))`", text):
         places = (ROOT / name, page.parent / name, ROOT / "tests" / name)
-        made_by_a_run = ("config.json", "norm_stats.json", "adapter_config.json", "tokenizer.json",
-                         "args.json", "eval_info.json", "table.md", "curves.png")  # fmt: skip
+        made_by_a_run = (
+            "config.json",
+            "norm_stats.json",
+            "adapter_config.json",
+            "tokenizer.json",
+            "args.json",
+            "eval_info.json",
+            "table.md",
+            "curves.png",
+        )
         there = any(place.exists() for place in places)
         assert there or name in made_by_a_run or name in forked, f"{page.name}: {name}"
 
@@ -182,8 +190,13 @@ def test_every_command_is_understood(page, monkeypatch, capsys):
         if words[0] == "torchrun":
             script = next(i for i, word in enumerate(words) if word.endswith(".py"))
             flags = {word for word in words[:script] if word.startswith("--")}
-            assert flags <= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id",
-                             "--rdzv-endpoint"}, command  # fmt: skip
+            assert flags <= {
+                "--nproc-per-node",
+                "--nnodes",
+                "--rdzv-backend",
+                "--rdzv-id",
+                "--rdzv-endpoint",
+            }, command
             words = ["python", *words[script:]]
         if words[0] != "python" or "..." in words:
             continue

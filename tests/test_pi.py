@@ -384,11 +384,25 @@ def test_pi0_equals_transformers(inputs):
         "num_key_value_heads": 1,
         "head_dim": 16,
     }
-    vision = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "hidden_size": 32,
-              "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vision_use_head": False,
-              "projection_dim": 64, "hidden_act": "gelu_pytorch_tanh"}  # fmt: skip
-    vlm = {"model_type": "paligemma", "vision_config": vision, "projection_dim": 64, "image_token_id": 127,
-           "text_config": text | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}}  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model",
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vision_use_head": False,
+        "projection_dim": 64,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    vlm = {
+        "model_type": "paligemma",
+        "vision_config": vision,
+        "projection_dim": 64,
+        "image_token_id": 127,
+        "text_config": text | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128},
+    }
     dit = text | {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
     native = PI0ForConditionalGeneration(
         PI0Config(vlm_config=vlm, dit_config=dit, chunk_size=8)
@@ -421,8 +435,15 @@ def test_pi0_equals_transformers(inputs):
     valid = torch.cat([torch.ones(3, 4).bool(), mask], 1)
     prefix = policy.prefix(images[:, :1], there, tokens, mask)
     for t in (1.0, 0.25, 0.01):
-        output = native(state=state, noise=x, timestep=torch.full((3,), t), input_ids=ids, pixel_values=images[:, :1],
-                        pixel_attention_mask=there, attention_mask=valid)  # fmt: skip
+        output = native(
+            state=state,
+            noise=x,
+            timestep=torch.full((3,), t),
+            input_ids=ids,
+            pixel_values=images[:, :1],
+            pixel_attention_mask=there,
+            attention_mask=valid,
+        )
         torch.testing.assert_close(
             policy.velocity(prefix, state, x, t), output.logits, atol=3e-4, rtol=1e-3
         )
@@ -945,8 +966,17 @@ def test_paligemma_tokenizer(tmp_path, policy):
     )
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
-    content = {"version": "1.0", "model": model, "pre_tokenizer": split, "added_tokens": [], "normalizer": None,
-               "post_processor": None, "decoder": None, "truncation": None, "padding": None}  # fmt: skip
+    content = {
+        "version": "1.0",
+        "model": model,
+        "pre_tokenizer": split,
+        "added_tokens": [],
+        "normalizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "truncation": None,
+        "padding": None,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     plain = small(policy.config["model_type"], prompt=None)
     plain.tokenizer = PaliGemmaTokenizer(tmp_path / "tokenizer.json")
@@ -975,9 +1005,15 @@ def test_save_load_roundtrip(directory, obs):
 
 @pytest.mark.parametrize(
     "settings, sentence",
-    [({"replan": 9}, "--replan"), ({"horizon": 3}, "--replan"), ({"denoise_steps": 0}, "--denoise-steps"),
-     ({"noise_level": 0.0}, "--noise-level"), ({"sde_steps": "some"}, "--sde-steps"), ({"nose": 1}, "--nose")],
-)  # fmt: skip
+    [
+        ({"replan": 9}, "--replan"),
+        ({"horizon": 3}, "--replan"),
+        ({"denoise_steps": 0}, "--denoise-steps"),
+        ({"noise_level": 0.0}, "--noise-level"),
+        ({"sde_steps": "some"}, "--sde-steps"),
+        ({"nose": 1}, "--nose"),
+    ],
+)
 def test_wrong_settings(settings, sentence):
     with pytest.raises(Fault, match=sentence):
         policies.load_policy("pi05-tiny", **settings)

@@ -306,9 +306,15 @@ def test_siglip_tower_equals_transformers():
         image_size=56, class_token=False, reg_tokens=0, layer_scale=False, mlp_ratio=3.7362, **sizes
     )
     config = SiglipVisionConfig(
-        hidden_size=40, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14,
-        intermediate_size=149, hidden_act="gelu", vision_use_head=False,
-    )  # fmt: skip
+        hidden_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        intermediate_size=149,
+        hidden_act="gelu",
+        vision_use_head=False,
+    )
     native = SiglipVisionModel(config).eval()
     native.embeddings.position_embedding.weight.data = vit.pos_embed.data[0]
     native.embeddings.patch_embedding.load_state_dict(vit.patch_embed["proj"].state_dict())
@@ -1002,8 +1008,12 @@ def test_rlinf_value_head(tiny, broken_dir):
     """RLinf keeps the same MLP inside the model's file, as value_head.mlp.0, .2 and .4."""
     tensors = load_file(broken_dir / "value_head.safetensors")
     (broken_dir / "value_head.safetensors").unlink()
-    theirs = {key.replace(f"head_l{i + 1}", f"value_head.mlp.{2 * i}"): t for i in range(3) for key, t in tensors.items()
-              if f"head_l{i + 1}" in key}  # fmt: skip
+    theirs = {
+        key.replace(f"head_l{i + 1}", f"value_head.mlp.{2 * i}"): t
+        for i in range(3)
+        for key, t in tensors.items()
+        if f"head_l{i + 1}" in key
+    }
     assert sorted(theirs) == [
         f"value_head.mlp.{x}" for x in ("0.bias", "0.weight", "2.bias", "2.weight", "4.weight")
     ]

@@ -71,8 +71,12 @@ def test_losses_and_gradients_equal_the_ancestors(monkeypatch):
         k: v.squeeze(-1) if v.ndim == 2 and v.shape[1] == 1 else v
         for k, v in load_file(GOLDEN).items()
     }
-    batch = dict(logprobs=ref["ppo_old_logprob"], values=ref["ppo_old_value"], advantages=ref["ppo_advantage"],
-                 returns=ref["ppo_return"])  # fmt: skip
+    batch = dict(
+        logprobs=ref["ppo_old_logprob"],
+        values=ref["ppo_old_value"],
+        advantages=ref["ppo_advantage"],
+        returns=ref["ppo_return"],
+    )
     grad_logprob, grad_value, stats = fixed_update(ref["ppo_logprob"], ref["ppo_value"], batch)
     assert stats["pg_loss"] == pytest.approx(ref["ppo_policy_loss"].item(), abs=1e-6)
     assert stats["v_loss"] == pytest.approx(ref["ppo_value_loss"].item(), abs=1e-6)
@@ -116,8 +120,20 @@ TOYS = ["openvla-tiny", "pi05-tiny"]
 
 
 def toy_args(**changes):
-    args = dict(num_envs=16, num_steps=8, batch_size=128, device_batch_size=128, update_epochs=4, warmup_epochs=4,
-                target_kl=0.0, inv_coef=0.0, sen_coef=0.0, sen_clip=0.8, gamma=0.5, max_grad_norm=10.0)  # fmt: skip
+    args = dict(
+        num_envs=16,
+        num_steps=8,
+        batch_size=128,
+        device_batch_size=128,
+        update_epochs=4,
+        warmup_epochs=4,
+        target_kl=0.0,
+        inv_coef=0.0,
+        sen_coef=0.0,
+        sen_clip=0.8,
+        gamma=0.5,
+        max_grad_norm=10.0,
+    )
     return ppo_pair.preset("openvla-tiny", **args | changes)
 
 
@@ -394,8 +410,16 @@ def another_ppo(policy, args, iterations):
                 rgb, (obs, reward, dones, _) = obs["rgb"], toy.step(decision.actions)
                 done = bool(dones.all())
                 for n in range(args.num_envs):
-                    samples.append(dict(rgb=rgb[n], latent={k: v[n] for k, v in decision.latent.items()}, old=old[n], value=value[n], reward=reward[n],
-                                        done=done))  # fmt: skip
+                    samples.append(
+                        dict(
+                            rgb=rgb[n],
+                            latent={k: v[n] for k, v in decision.latent.items()},
+                            old=old[n],
+                            value=value[n],
+                            reward=reward[n],
+                            done=done,
+                        )
+                    )
         following = {
             n: (torch.tensor(0.0), torch.tensor(0.0)) for n in range(args.num_envs)
         }  # value, advantage

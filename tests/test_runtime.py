@@ -74,8 +74,11 @@ def test_a_number_out_of_range_is_one_sentence_before_anything_starts(flags, tmp
 
 
 def test_every_number_has_a_range():
-    numbers = {k for k, v in runtime.flatten(ppo_pair.preset("pi05", camera_step=1.0)).items()
-               if isinstance(v, (int, float)) and not isinstance(v, bool)}  # fmt: skip
+    numbers = {
+        k
+        for k, v in runtime.flatten(ppo_pair.preset("pi05", camera_step=1.0)).items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     tables = [*ppo_pair.RANGES.values(), *ppo_pair.policies.RANGES.values()]
     assert numbers <= {name for names in tables for name in names.split()}
 
@@ -163,9 +166,24 @@ def test_resume_of_another_versions_run_is_one_sentence(content, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ logs
-STATS = dict(success=0.5, reward=1.0, explained_variance=0.1, ratio_dev=1e-6, clipfrac=0.1, approx_kl=0.01, entropy=1.0,
-             grad_norm=2.0, inv_kl=0.3, sen_kl=0.2, sen_clipped=0.1, unrelated_kl=1.2, rollout_seconds=1.0, view_seconds=0.1,
-             update_seconds=2.0, decisions_per_second=10.0)  # fmt: skip
+STATS = dict(
+    success=0.5,
+    reward=1.0,
+    explained_variance=0.1,
+    ratio_dev=1e-6,
+    clipfrac=0.1,
+    approx_kl=0.01,
+    entropy=1.0,
+    grad_norm=2.0,
+    inv_kl=0.3,
+    sen_kl=0.2,
+    sen_clipped=0.1,
+    unrelated_kl=1.2,
+    rollout_seconds=1.0,
+    view_seconds=0.1,
+    update_seconds=2.0,
+    decisions_per_second=10.0,
+)
 
 
 def test_the_log_of_a_resumed_run_has_every_iteration_once(tmp_path):

@@ -157,8 +157,14 @@ def ranks(world, function, tmp_path, code=0):
         port = s.getsockname()[1]
 
     def child(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         runtime.RANK, runtime.WORLD, runtime.LOCAL_RANK, runtime.LOCAL_WORLD = (
             rank,
             world,
@@ -181,9 +187,17 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
     In float64, so that nothing but the rounding of sums is left: they agree within 1e-9 (relative).
     """
     args = ppo_pair.preset(
-        num_envs=16, num_steps=8, batch_size=32, device_batch_size=20, update_epochs=2, target_kl=0.0,
-        inv_coef=0.5, sen_coef=0.2, sen_clip=0.8, run_dir=str(tmp_path),
-    )  # fmt: skip
+        num_envs=16,
+        num_steps=8,
+        batch_size=32,
+        device_batch_size=20,
+        update_epochs=2,
+        target_kl=0.0,
+        inv_coef=0.5,
+        sen_coef=0.2,
+        sen_clip=0.8,
+        run_dir=str(tmp_path),
+    )
 
     def function(rank):
         if runtime.WORLD > 1:
@@ -239,8 +253,17 @@ def test_one_process_equals_two_and_three(tmp_path, backbone):
 def test_ranks_share_an_evaluation_and_write_the_same_file(start, tmp_path):
     def function(rank):
         splits = ("train", "texture", "clutter-2")
-        evaluate.main(evaluate.Args(checkpoint=str(start), splits=splits, num_episodes=11, num_envs=2, seeds=(0, 1),
-                                    out=str(tmp_path / f"eval{runtime.WORLD}"), cuda=False))  # fmt: skip
+        evaluate.main(
+            evaluate.Args(
+                checkpoint=str(start),
+                splits=splits,
+                num_episodes=11,
+                num_envs=2,
+                seeds=(0, 1),
+                out=str(tmp_path / f"eval{runtime.WORLD}"),
+                cuda=False,
+            )
+        )
 
     assert wait(fork(lambda: function(0), tmp_path / "alone")) == 0, (
         tmp_path / "alone"
@@ -848,8 +871,14 @@ def test_torchrun_trains_and_a_killed_rank_ends_all(start, tmp_path):
         start,
     ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOY_SECONDS="0.02")
-    process = subprocess.Popen([*command, "--run-dir", run, "--iterations", "999", *flags], env=environment, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [*command, "--run-dir", run, "--iterations", "999", *flags],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.time() + 200
     while not (run / "checkpoint-000002").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]

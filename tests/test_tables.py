@@ -340,8 +340,10 @@ def test_table_1(tmp_path, capsys):
             [mean("PAIR", kind, metric) for kind in ("texture", "lighting", "pose")] + [clutter]
         )
         assert pair[6].startswith(f"{average:.1f} [")
-        other = np.mean([mean("PPO", kind, metric) for kind in ("texture", "lighting", "pose")]
-                        + [np.mean([mean("PPO", f"clutter-{k}", metric) for k in (2, 4, 6, 8)])])  # fmt: skip
+        other = np.mean(
+            [mean("PPO", kind, metric) for kind in ("texture", "lighting", "pose")]
+            + [np.mean([mean("PPO", f"clutter-{k}", metric) for k in (2, 4, 6, 8)])]
+        )
         assert pair[7].startswith(f"{average - other:+.1f} [") and ppo[7] == ""
     assert [row[0] for row in by_object[2:]] == ["blue_50% ball", "red cube"]
     assert [row[-1] for row in by_object[2:]] == ["160", "160"]

@@ -52,8 +52,12 @@ def test_the_trace_is_reproduced(backbone, monkeypatch):
     """In float64. Kernels differ between CPUs: AVX2 instead of AVX-512 changes these numbers by up to 5e-5 in float32, by 4e-13
     in float64."""
     monkeypatch.setattr(torch.Tensor, "float", in_float64)
-    torch.testing.assert_close(torch.tensor(trace(backbone)), torch.tensor(json.loads(FILE.read_text())[backbone]), rtol=1e-5,
-                               atol=1e-7)  # fmt: skip
+    torch.testing.assert_close(
+        torch.tensor(trace(backbone)),
+        torch.tensor(json.loads(FILE.read_text())[backbone]),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 if __name__ == "__main__":

@@ -89,8 +89,13 @@ def toy_policy(backbone="openvla-tiny"):
     if backbone == "openvla-tiny":
         config = copy.deepcopy(OPENVLA_TINY)
         config["image_sizes"] = [16, 16]
-        config["text_config"] |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                      num_key_value_heads=2)  # fmt: skip
+        config["text_config"] |= dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
         config["_tiny_timm_kwargs"][0] |= dict(
             embed_dim=32, depth=2, num_heads=2, patch_size=8, stem=[16, 16]
         )
@@ -98,8 +103,20 @@ def toy_policy(backbone="openvla-tiny"):
         policy = policies.TokenPolicy(config)
     else:
         config = PI | PI_KIND["pi05"] | PI05_TINY | {"model_type": "pi05"}
-        config |= dict(image_size=16, patch=8, stem=[16, 16], vis_width=32, vis_depth=1, vis_mlp=64, depth=1, head_dim=16,
-                       vlm_width=32, vlm_mlp=64, exp_width=32, exp_mlp=64)  # fmt: skip
+        config |= dict(
+            image_size=16,
+            patch=8,
+            stem=[16, 16],
+            vis_width=32,
+            vis_depth=1,
+            vis_mlp=64,
+            depth=1,
+            head_dim=16,
+            vlm_width=32,
+            vlm_mlp=64,
+            exp_width=32,
+            exp_mlp=64,
+        )
         policy = policies.FlowPolicy(config)
     policy.init_from_scratch()
     policy.init_value_head()

@@ -8,7 +8,7 @@ About five minutes.
     python tools/bench_envs.py                 # against plain ManiSkill's PickCube-v1
     python tools/bench_envs.py --assets rl4vla # against RL4VLA's PutCarrotOnPlateInScene-v1
     python tools/bench_envs.py --settings      # a step with a picture, one setting as ManiSkill's
-    python tools/bench_envs.py --pair          # an iteration of ppo_pair.py without and with pairs
+    python tools/bench_envs.py --pair          # iterations without and with pairs, both worlds
 """
 
 import itertools
@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,7 +55,7 @@ class Args:
     settings: bool = False
     """print the table of settings instead (`builtin`)"""
     pair: bool = False
-    """print the table of whole iterations instead (`openvla-tiny`)"""
+    """print the table of whole iterations instead (`openvla-tiny`, `openvla-flat`)"""
 
 
 def window(step, seconds: float) -> float:
@@ -110,8 +111,14 @@ def plain_maniskill(assets: str, size: int):
         ),
         "rl4vla": ("PutCarrotOnPlateInScene-v1", "3rd_view_camera", {}),
     }[assets]
-    env = gym.make(name, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu",
-                   render_backend=render_backend(), **options)  # fmt: skip
+    env = gym.make(
+        name,
+        obs_mode="rgb+segmentation",
+        num_envs=1,
+        sim_backend="cpu",
+        render_backend=render_backend(),
+        **options,
+    )
     env.reset(seed=0)
     env.action_space.seed(0)
     length = envs.find_pack(assets).max_episode_steps
@@ -224,35 +231,43 @@ def settings_table(args: Args):
         pipe.send(False)
 
 
-def iteration_table(args: Args):
-    """Rollout and update of the default preset, PPO and PAIR in turn, each as often as there are
-    windows."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    pair = ppo_pair.preset("openvla-tiny", target_kl=0.0)  # no update ends early
-    ppo = ppo_pair.preset("openvla-tiny", target_kl=0.0, inv_coef=0.0, sen_coef=0.0)
-    policy = policies.load_policy("openvla-tiny", policies.default_checkpoint("openvla-tiny"))
+def iteration_seconds(args: Args, backbone: str):
+    """Seconds of rollout and update of PPO, then of PAIR, taken in turn: (4,) medians."""
+    pair = ppo_pair.preset(backbone, target_kl=0.0)  # no update ends early
+    ppo = ppo_pair.preset(backbone, target_kl=0.0, inv_coef=0.0, sen_coef=0.0)
+    policy = policies.load_policy(backbone, policies.default_checkpoint(backbone))
     policy.detach_value = pair.detach_value
     head = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if all(p is not q for q in head)]
     optimizer = torch.optim.AdamW([dict(params=actor), dict(params=head)], lr=1e-6)
-    with (
-        envs.make_envs(pair.num_envs) as plain,
-        envs.make_envs(pair.num_envs, alter=views.task_altering) as altered,
-    ):
+    make = partial(envs.make_envs, pair.num_envs, pair.assets)
+    with make() as plain, make(alter=views.task_altering) as altered:
         tables, seconds = plain.backgrounds(), []
         for i in range(args.windows):
-            row = []
+            row, ids = [], itertools.count(10_000 * i)
             for vec, one in ((plain, ppo), (altered, pair)):
                 start = time.perf_counter()
-                batch, _ = ppo_pair.rollout(one, policy, vec, itertools.count(1000 * i), "cpu")
+                batch, _ = ppo_pair.rollout(one, policy, vec, ids, torch.device("cpu"))
                 middle = time.perf_counter()
                 ppo_pair.update(one, policy, optimizer, batch, tables)
                 row += [middle - start, time.perf_counter() - middle]
-            seconds.append([*row, row[0] + row[1], row[2] + row[3]])
-    r0, u0, r1, u1, ppo, both = np.median(seconds, 0)
-    print("\n| seconds per iteration | rollout | update | together |\n|---|---|---|---|")
-    print(f"| PPO (`--inv-coef 0 --sen-coef 0`) | {r0:.1f} | {u0:.1f} | {ppo:.1f} |")
-    print(f"| PAIR, the preset | {r1:.1f} | {u1:.1f} | {both:.1f}: {both / ppo:.2f} x |")
+            seconds.append(row)
+    return np.median(seconds, 0), pair.num_envs * pair.num_steps
+
+
+def iteration_table(args: Args):
+    """Rollout and update of two presets, PPO and PAIR, each as often as there are windows."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    print("\n| seconds per iteration | rollout | update | together | env steps/s in the rollout |")
+    print("|---|---|---|---|---|")
+    for backbone in ("openvla-tiny", "openvla-flat"):
+        (r0, u0, r1, u1), steps = iteration_seconds(args, backbone)
+        print(f"| `{backbone}`, PPO | {r0:.1f} | {u0:.1f} | {r0 + u0:.1f} | {steps / r0:.0f} |")
+        ratio = (r1 + u1) / (r0 + u0)
+        print(
+            f"| `{backbone}`, PAIR | {r1:.1f} | {u1:.1f} | {r1 + u1:.1f}: {ratio:.2f} x"
+            f" | {steps / r1:.0f} |"
+        )
 
 
 def main(args: Args):
@@ -277,11 +292,18 @@ def main(args: Args):
         make(1, preserve=views.rerendered) as drawn,
     ):
         rate = medians(
-            args, plain=episodes(plain), clutter=episodes(plain, "clutter-8"),
-            chunks=episodes(plain, chunk=5), one=episodes(one), eight=episodes(eight),
-            many=episodes(many), drawn=episodes(drawn), maniskill=plain_step,
-            demos=demonstrations(args.assets, size), compose=compositing(size),
-        )  # fmt: skip
+            args,
+            plain=episodes(plain),
+            clutter=episodes(plain, "clutter-8"),
+            chunks=episodes(plain, chunk=5),
+            one=episodes(one),
+            eight=episodes(eight),
+            many=episodes(many),
+            drawn=episodes(drawn),
+            maniskill=plain_step,
+            demos=demonstrations(args.assets, size),
+            compose=compositing(size),
+        )
     pack = f"`{args.assets}`"
     rows = [
         (f"{pack}, image + altered view, one process", f"{rate['one']:.0f} env steps/s"),

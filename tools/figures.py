@@ -72,8 +72,9 @@ class Args:
 
 
 def panels(count: int):
-    figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), squeeze=False,
-                                layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        1, count, figsize=(4.2 * count, 3.2), squeeze=False, layout="constrained"
+    )
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -93,13 +94,13 @@ def save(figure, out: str):
     print(f"{path}.png {path}.pdf")
 
 
-def draw(axis, xs, estimates, number=0, name=None):
+def draw(axis, xs, estimates, number=0, name=None, line="-"):
     """Rates with their intervals, joined by a line."""
     middle = np.array([100 * estimate.value for estimate in estimates])
     below = middle - [100 * estimate.low for estimate in estimates]
     above = [100 * estimate.high for estimate in estimates] - middle
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    style = dict(color=colour, marker=marker, markersize=4, capsize=2)
+    style = dict(color=colour, marker=marker, markersize=4, capsize=2, linestyle=line)
     axis.errorbar(xs, middle, [below, above], label=name, **style)
 
 
@@ -121,8 +122,10 @@ def draw_splits(args, arms, kind: str, train: float):
         if match or split == "train":
             numbers.setdefault(float(match[1]) if match else train, rows[split])
     if len(numbers) < 2:
-        raise Fault(f"the records hold {', '.join(outcomes.splits)}: evaluate train and splits of "
-                    f"the kind {kind} too")  # fmt: skip
+        raise Fault(
+            f"the records hold {', '.join(outcomes.splits)}: evaluate train and splits of "
+            f"the kind {kind} too"
+        )
     xs = sorted(numbers)
     figure, (axis,) = panels(1)
     for number, (name, x) in enumerate(outcomes.success[args.metric].items()):
@@ -232,8 +235,10 @@ def read_kls(file: str) -> dict[str, dict[str, np.ndarray]]:
             for view in VIEWS:
                 views[view] += record[view]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Fault(f"{file} cannot be read as KL records ({error}): write it with "
-                    "`tools/probe_kl.py --records`") from None  # fmt: skip
+        raise Fault(
+            f"{file} cannot be read as KL records ({error}): write it with "
+            "`tools/probe_kl.py --records`"
+        ) from None
     if len(kls) < 2:
         raise Fault(f"{file} holds {len(kls)} checkpoints: probe the start and the end together")
     return {name: {view: np.array(kl) for view, kl in views.items()} for name, views in kls.items()}

@@ -68,9 +68,14 @@ def pictures(env) -> list:
 
     rows = [(name, text, [reset(i, name) for i in range(6)], None) for name, text in ABOUT.items()]
     rows[0] = (*rows[0][:3], [f"episode {i}" for i in range(6)])
-    captions = ["o", "mask M: robot, target, plate", "b: a training table, empty",
-                "o_pre = M o + (1 - M) b",
-                "o_alt: target elsewhere", "o_alt: another draw"]  # fmt: skip
+    captions = [
+        "o",
+        "mask M: robot, target, plate",
+        "b: a training table, empty",
+        "o_pre = M o + (1 - M) b",
+        "o_alt: target elsewhere",
+        "o_alt: another draw",
+    ]
     still = "task-preserving (Eq. 5)\nand task-altering view\nof a training frame"
     lifted = "the same with the target\nin the gripper: physics\ndoes not notice"
     for text, episode_id, lift, background, seeds in (
@@ -98,8 +103,14 @@ def pictures(env) -> list:
     turned = [reset(2, "camera+-15:15"), drawn(views.other_camera, 0)]
     text = "a composite has bites\nwhere a distractor stood\nin front; a re-render\nhas not"
     row = [rgb, pre, again, difference, *turned]
-    captions = ["o", "--pre-view composite", "--pre-view rerender", "their difference x 3", "o",
-                "--pre-view camera"]  # fmt: skip
+    captions = [
+        "o",
+        "--pre-view composite",
+        "--pre-view rerender",
+        "their difference x 3",
+        "o",
+        "--pre-view camera",
+    ]
     rows.append(("o_pre, 3 ways", text, row, captions))
     return rows
 

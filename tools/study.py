@@ -6,13 +6,15 @@
 
 A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
 results/flat/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
-compares every arm with the first by `evaluate.py`'s bootstrap over seeds and episodes.
+compares every arm with the first by `evaluate.py`'s bootstrap over seeds and episodes. BACKBONE.png
+has the curves, every kind of shift, the number of distractors, and lambda_inv.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,19 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
-from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
-from runtime import Fault, command_line, newest_checkpoint, write_text
+from evaluate import (
+    METRICS,
+    Outcomes,
+    difference,
+    markdown,
+    percent,
+    rate,
+    read_records,
+    rows_of_splits,
+)
+from ppo_pair import preset
+from runtime import Fault, command_line, newest_checkpoint, read_json, write_text
+from tools.figures import COLOURS, draw, panels, percent_axis, save
 from tools.tables import columns_of
 
 ARMS = {
@@ -33,16 +46,14 @@ ARMS = {
     "+sen": "--inv-coef 0",
     "PAIR": "",
     "PPO on composites": "--inv-coef 0 --sen-coef 0 --augment 0.5",  # diversity without pairs
+    "PPO, 3 x as long": "--inv-coef 0 --sen-coef 0 --iterations {long}",
     "Eq. (3) teaches o_alt": "--sen-grad alt",
     "Eq. (3) teaches both": "--sen-grad both",
     "target: current weights": "--inv-target-rate None",
     "target: the rollout's": "--inv-target-rate 1",
     "target: an average": "--inv-target-rate 0.1",
-    "target: the start": "--inv-target-rate 0",
-    "lambda_inv 0.3": "--inv-coef 0.3",
-    "lambda_inv 1": "--inv-coef 1",
-    "lambda_inv 2": "--inv-coef 2",
-    "lambda_inv 4": "--inv-coef 4",
+    "lambda_inv 1": "--inv-coef 1 --sen-coef 0",  # 0 is PPO, the preset's 4 is +inv
+    "lambda_inv 2": "--inv-coef 2 --sen-coef 0",
 }
 CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
 
@@ -54,7 +65,7 @@ class Args:
     arms: tuple[str, ...] = tuple(ARMS)
     """which arms, by name"""
     seeds: int = 8
-    """seeds 1 to this number"""
+    """how many, from 2 on: the presets were chosen on seed 1"""
     episodes: int = 256
     """per split, in each run's final table"""
     jobs: int = 1
@@ -68,17 +79,27 @@ class Args:
 
 
 def play(args: Args, arm: str, seed: int) -> dict:
-    """One run in processes of its own -> its record."""
+    """One run in processes of its own -> its record. Of a run that a guard ended (the policy went
+    blind, or lost what it could) the last checkpoint counts."""
+    flags = ARMS[arm].format(long=3 * preset(args.backbone).iterations)
     run = ROOT / "runs/study" / (args.name or args.backbone) / f"{arm}_{seed}".replace(" ", "-")
-    command = [sys.executable, "ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
+    command = ["ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
     command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", str(args.episodes)]
-    command += [*args.flags.split(), *ARMS[arm].split()]
+    command += ["--save-every", "1", "--keep", "1", *args.flags.split(), *flags.split()]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.with_suffix(".txt"), "a") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
-    if code:
-        raise Fault(f"{arm}, seed {seed} ended with {code}: see {run.with_suffix('.txt')}")
-    return record_of(run, args.episodes, arm, seed, f"{args.flags} {ARMS[arm]}".strip())
+    log = run.with_suffix(".txt")
+
+    def python(*command):
+        with open(log, "a") as out:
+            return subprocess.run([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out)
+
+    ended = python(*command).returncode
+    if ended and log.read_text().splitlines()[-1].startswith("error: the policy "):
+        again = ["--checkpoint", str(run), "--num-episodes", str(args.episodes)]
+        ended = python("evaluate.py", *again).returncode
+    if ended:
+        raise Fault(f"{arm}, seed {seed} ended with {ended}: see {log}")
+    return record_of(run, args.episodes, arm, seed, f"{args.flags} {flags}".strip())
 
 
 def record_of(run: Path, episodes: int, arm: str, seed: int, flags: str) -> dict:
@@ -93,8 +114,9 @@ def record_of(run: Path, episodes: int, arm: str, seed: int, flags: str) -> dict
     packed = {
         m: {s: np.packbits(b).tobytes().hex() for s, b in of.items()} for m, of in bits.items()
     }
-    return dict(arm=arm, seed=seed, flags=flags, episodes=episodes, seconds=round(seconds),
-                curves=curves, **packed)  # fmt: skip
+    ended = len(lines) < read_json(newest_checkpoint(run) / "args.json")["iterations"]
+    about = dict(arm=arm, seed=seed, flags=flags, episodes=episodes, seconds=round(seconds))
+    return about | dict(ended=ended, curves=curves, **packed)
 
 
 def outcomes_of(records: list[dict]) -> Outcomes:
@@ -114,18 +136,76 @@ def outcomes_of(records: list[dict]) -> Outcomes:
 def table_of(records: list[dict]) -> str:
     """A row per arm: success in per cent on each kind of split, and its OOD average minus PPO's."""
     outcomes, parts = outcomes_of(records), []
+    ended = Counter(record["arm"] for record in records if record["ended"])
     columns = columns_of(outcomes)
     for metric in METRICS:
         success = outcomes.success[metric]
         first, a = next(iter(success.items()))
         changed = ("OOD average", "clutter", "train")
-        rows = [["arm", "seeds", *columns, *(f"{name} - {first}" for name in changed)]]
+        heads = (*columns, *(f"{name} - {first}" for name in changed))
+        rows = [["arm", "seeds", "ended by a guard", *heads]]
         for arm, x in success.items():
             cells = [percent(rate(x, row)) for row in columns.values()]
             changes = [percent(difference(a, x, columns[name]), "+") for name in changed]
-            rows.append([arm, str(len(x)), *cells, *(changes if arm != first else [""] * 3)])
+            counts = [str(len(x)), str(ended[arm] or "")]
+            rows.append([arm, *counts, *cells, *(changes if arm != first else [""] * 3)])
         parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
     return "\n".join(parts)
+
+
+MAIN = ("PPO", "+inv", "+sen", "PAIR")  # Table 2
+SWEEP = {0: "PPO", 1: "lambda_inv 1", 2: "lambda_inv 2", 4: "+inv"}  # Figure 4
+
+
+def figure_of(records: list[dict], out: str):
+    """Figures 2 to 4 side by side, of the arms that are there: their own episodes against
+    iterations (mean and range of the seeds), each kind of shift, distractors, lambda_inv."""
+    outcomes = outcomes_of(records)
+    success, columns = outcomes.success[METRICS[0]], columns_of(outcomes)
+    arms = [arm for arm in MAIN if arm in success]
+    figure, (own, shifts, distractors, sweep) = panels(4)
+    levels = dict(
+        sorted(
+            (distractors_of(s), row)
+            for s, row in rows_of_splits(outcomes).items()
+            if distractors_of(s)
+        )
+    )
+    for i, arm in enumerate(arms):
+        runs = [r["curves"]["success"] for r in records if r["arm"] == arm and not r["ended"]]
+        if runs:
+            curves, colour = 100 * np.array(runs), COLOURS[i]
+            iterations = range(1, curves.shape[1] + 1)
+            own.plot(iterations, curves.mean(0), color=colour, label=arm)
+            own.fill_between(
+                iterations, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0
+            )
+        at = np.arange(len(columns)) + (i - (len(arms) - 1) / 2) * 0.2
+        draw(shifts, at, [rate(success[arm], row) for row in columns.values()], i, arm, line="none")
+        draw(
+            distractors, list(levels), [rate(success[arm], row) for row in levels.values()], i, arm
+        )
+    of_sweep = [(x, success[arm]) for x, arm in SWEEP.items() if arm in success]
+    draw(
+        sweep,
+        [x for x, _ in of_sweep],
+        [rate(x, columns["OOD average"]) for _, x in of_sweep],
+        1,
+        "without L_sen",
+    )
+    own.set(title="own episodes while training", xlabel="iteration")
+    shifts.set(title="each kind of shift")
+    shifts.set_xticks(range(len(columns)), [*columns], rotation=30, ha="right")
+    distractors.set(title="clutter", xlabel="number of distractors")
+    sweep.set(title="OOD average", xlabel="lambda_inv")
+    for axis in (own, shifts, distractors, sweep):
+        percent_axis(axis)
+    save(figure, out)
+
+
+def distractors_of(split: str) -> int:
+    """How many distractors a split's name says there are; 0: it does not say."""
+    return 1 if split == "train" else int(split[8:]) if split.startswith("clutter-") else 0
 
 
 def main(args: Args):
@@ -136,7 +216,7 @@ def main(args: Args):
     file.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(record["arm"], record["seed"]) for record in records}
-    wanted = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in args.arms]
+    wanted = [(arm, seed) for seed in range(2, args.seeds + 2) for arm in args.arms]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     def one(key):
@@ -154,6 +234,7 @@ def main(args: Args):
     order = list(ARMS)
     records.sort(key=lambda record: (order.index(record["arm"]), record["seed"]))
     write_text(file.with_suffix(".md"), table_of(records))
+    figure_of(records, str(file.with_suffix("")))
     print(table_of(records))
 
 

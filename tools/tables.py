@@ -165,8 +165,10 @@ def main(args: Args):
     per_split = " or ".join(map(str, sorted({int(n) for n in episodes})))
     runs = ", ".join(f"{name} {len(runs)}" for name, runs in arms.items())
     over = "runs and episodes" if max(map(len, arms.values())) > 1 else "episodes alone"
-    note = (f"{backbone}. In per cent, with 95 % intervals over {over}. Runs: {runs}. Episodes per "
-            f"split and run: {per_split}.")  # fmt: skip
+    note = (
+        f"{backbone}. In per cent, with 95 % intervals over {over}. Runs: {runs}. Episodes per "
+        f"split and run: {per_split}."
+    )
     parts, tex = [note], [f"% {note}"]
     for metric in METRICS:
         table = main_table(outcomes, metric, family)
@@ -178,8 +180,11 @@ def main(args: Args):
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for ending, content in ((".md", text + "\n"), (".csv", csv_text(outcomes, family)),
-                                (".tex", "\n".join(tex) + "\n")):  # fmt: skip
+        for ending, content in (
+            (".md", text + "\n"),
+            (".csv", csv_text(outcomes, family)),
+            (".tex", "\n".join(tex) + "\n"),
+        ):
             write_text(out.with_name(out.name + ending), content)
     except OSError as error:
         raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
