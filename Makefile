@@ -1,6 +1,7 @@
 # make setup       virtual environment, packages, a Vulkan driver that draws (quick when done)
 # make train       PAIR-VLA with its defaults; e.g. make train BACKBONE=openvla-tiny ARGS="--iterations 10"
 # make test        lint and tests; make test-slow: the tests that take minutes
+# make results     Flatland's tables and figures once more, from the committed records
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BACKBONE ?=
 ARGS ?=
 
-.PHONY: setup mesa train test test-slow lint clean
+.PHONY: setup mesa train test test-slow lint results clean
 
 setup: .venv/ready
 
@@ -20,7 +21,7 @@ setup: .venv/ready
 		rm -rf .venv; echo "error: no virtual environment could be made: apt-get install python3-venv" >&2; exit 2; }
 	.venv/bin/pip install --disable-pip-version-check -r requirements.txt
 	if .venv/bin/python envs.py --check || { make --no-print-directory mesa && .venv/bin/python envs.py --check; }; then touch $@
-	else echo "warning: no scene can be drawn here, so that only Flatland runs: make train BACKBONE=openvla-flat" >&2; fi
+	else echo "warning: no scene can be drawn here, so that only Flatland runs: make train BACKBONE=pi05-flat" >&2; fi
 
 # Mesa's CPU renderer lavapipe, for machines where envs.py cannot draw yet. Mesa before 24.3 is no use to SAPIEN.
 mesa:
@@ -60,6 +61,9 @@ test-slow: setup
 lint: setup
 	@.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+results: setup
+	@for backbone in openvla-flat pi05-flat; do .venv/bin/python tools/study.py --backbone $$backbone --table > /dev/null; done
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from test_evaluate import make_records, write_records
 import evaluate as ev
 import runtime
 from tools import figures, plot, tables
+from tools import study as flatland
 
 ROOT = Path(__file__).parents[1]
 OOD = ["texture", "lighting", "pose", "clutter-2", "clutter-4", "clutter-6", "clutter-8"]
@@ -632,3 +633,28 @@ def test_a_bad_call_is_one_sentence_and_exit_code_2(tool, args, capsys):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "nowhere" in line
+
+
+# ---- Flatland's study
+
+
+@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat"])
+def test_the_committed_tables_come_from_the_committed_records(backbone, tmp_path):
+    """Text byte for byte. A figure's bytes depend on the fonts and libraries of the machine."""
+    file = ROOT / f"results/flat/{backbone}.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert flatland.table_of(flatland.in_order(records)) == file.with_suffix(".md").read_text()
+    flatland.figure_of(records, str(tmp_path / "figure"))
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
+
+
+def test_a_run_that_a_guard_ended_is_counted_and_not_left_out():
+    bits = dict.fromkeys(ALL, np.packbits([1, 0, 1, 1]).tobytes().hex())
+    record = dict(episodes=4, ended=False, curves={}, success_once=bits, success_at_end=bits)
+    none = dict.fromkeys(ALL, "00")
+    ended = record | dict(ended=True, success_once=none, success_at_end=none)
+    runs = [record | dict(arm="PPO", seed=2), record | dict(arm="PAIR", seed=2)]
+    runs += [record | dict(arm="PPO", seed=3), ended | dict(arm="PAIR", seed=3)]
+    once = flatland.table_of(flatland.in_order(runs)).split("## success_at_end")[0]
+    pair = next(line for line in once.splitlines() if line.startswith("| PAIR"))
+    assert pair.split("|")[2:4] == [" 2 ", " 1 "] and "37.5" in pair and "-37.5" in pair

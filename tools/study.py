@@ -1,8 +1,8 @@
 """A study in Flatland: every arm over many seeds, one table. An interrupted study goes on.
 
-    python tools/study.py --backbone openvla-flat                      # all arms, 8 seeds
+    python tools/study.py                                # all arms, 8 seeds, pi05-flat
     python tools/study.py --backbone openvla-flat --arms PPO PAIR --jobs 2
-    python tools/study.py --backbone openvla-flat --table              # from the records alone
+    python tools/study.py --table                        # from the records alone
 
 A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
 results/flat/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
@@ -60,8 +60,8 @@ CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
 
 @dataclass
 class Args:
-    backbone: str = "openvla-flat"
-    """openvla-flat or pi05-flat"""
+    backbone: str = "pi05-flat"
+    """pi05-flat or openvla-flat"""
     arms: tuple[str, ...] = tuple(ARMS)
     """which arms, by name"""
     seeds: int = 8
@@ -119,6 +119,12 @@ def record_of(run: Path, episodes: int, arm: str, seed: int, flags: str) -> dict
     return about | dict(ended=ended, curves=curves, **packed)
 
 
+def in_order(records: list[dict]) -> list[dict]:
+    """By arm, as ARMS has them, then by seed."""
+    arms = list(ARMS)
+    return sorted(records, key=lambda record: (arms.index(record["arm"]), record["seed"]))
+
+
 def outcomes_of(records: list[dict]) -> Outcomes:
     """The records side by side: (runs, episodes, splits) of each metric and arm."""
     splits, n = list(records[0][METRICS[0]]), records[0]["episodes"]
@@ -163,14 +169,11 @@ def figure_of(records: list[dict], out: str):
     outcomes = outcomes_of(records)
     success, columns = outcomes.success[METRICS[0]], columns_of(outcomes)
     arms = [arm for arm in MAIN if arm in success]
-    figure, (own, shifts, distractors, sweep) = panels(4)
-    levels = dict(
-        sorted(
-            (distractors_of(s), row)
-            for s, row in rows_of_splits(outcomes).items()
-            if distractors_of(s)
-        )
-    )
+    of_sweep = [(x, success[arm]) for x, arm in SWEEP.items() if arm in success]
+    figure, axes = panels(4 if len(of_sweep) > 1 else 3)
+    own, shifts, distractors, *sweep = axes
+    rows = rows_of_splits(outcomes)
+    levels = {distractors_of(s): row for s, row in rows.items() if distractors_of(s)}
     for i, arm in enumerate(arms):
         runs = [r["curves"]["success"] for r in records if r["arm"] == arm and not r["ended"]]
         if runs:
@@ -185,21 +188,17 @@ def figure_of(records: list[dict], out: str):
         draw(
             distractors, list(levels), [rate(success[arm], row) for row in levels.values()], i, arm
         )
-    of_sweep = [(x, success[arm]) for x, arm in SWEEP.items() if arm in success]
-    draw(
-        sweep,
-        [x for x, _ in of_sweep],
-        [rate(x, columns["OOD average"]) for _, x in of_sweep],
-        1,
-        "without L_sen",
-    )
+    for axis in sweep:
+        estimates = [rate(x, columns["OOD average"]) for _, x in of_sweep]
+        draw(axis, [x for x, _ in of_sweep], estimates, 1, "without L_sen")
+        axis.set(title="OOD average", xlabel="lambda_inv")
     own.set(title="own episodes while training", xlabel="iteration")
     shifts.set(title="each kind of shift")
     shifts.set_xticks(range(len(columns)), [*columns], rotation=30, ha="right")
     distractors.set(title="clutter", xlabel="number of distractors")
-    sweep.set(title="OOD average", xlabel="lambda_inv")
-    for axis in (own, shifts, distractors, sweep):
+    for axis in axes:
         percent_axis(axis)
+    shifts.get_legend().remove()  # that of the first panel
     save(figure, out)
 
 
@@ -231,8 +230,7 @@ def main(args: Args):
             list(pool.map(one, [key for key in wanted if key not in done]))
     if not records:
         raise Fault(f"{file} holds no records: run the study first, without --table")
-    order = list(ARMS)
-    records.sort(key=lambda record: (order.index(record["arm"]), record["seed"]))
+    records = in_order(records)
     write_text(file.with_suffix(".md"), table_of(records))
     figure_of(records, str(file.with_suffix("")))
     print(table_of(records))
