@@ -678,13 +678,13 @@ def check_collapse(state: RunState, warmup: int):
     if np.mean(unrelated[-WINDOW:]) < BLIND * start:
         raise Fault(
             f"the policy is going blind: the KL of unrelated frames fell from {start:.3g} "
-            f"to {np.mean(unrelated[-WINDOW:]):.3g}; lower --inv-coef"
+            f"to {np.mean(unrelated[-WINDOW:]):.3g} (mean of {WINDOW} iterations); lower --inv-coef"
         )
     before, now = np.mean(success[:warmup]), np.mean(success[-WINDOW:])
     if now < LOST * before and now < before - LOST_POINTS:
         raise Fault(
-            f"the policy loses what it could: success fell from {before:.2f} to {now:.2f}; "
-            "lower --learning-rate, --inv-coef or --sen-coef"
+            f"the policy loses what it could: success fell from {before:.2f} to {now:.2f} "
+            f"(mean of {WINDOW} iterations); lower --learning-rate, --inv-coef or --sen-coef"
         )
 
 

@@ -50,6 +50,7 @@ ARMS = {
     "Eq. (3) teaches o_alt": "--sen-grad alt",
     "Eq. (3) teaches both": "--sen-grad both",
     "target: current weights": "--inv-target-rate None",
+    "target: current weights, lambda_inv 0.5": "--inv-target-rate None --inv-coef 0.5",
     "target: the rollout's": "--inv-target-rate 1",
     "target: an average": "--inv-target-rate 0.1",
     "lambda_inv 1": "--inv-coef 1 --sen-coef 0",  # 0 is PPO, the preset's 4 is +inv
@@ -193,7 +194,7 @@ def figure_of(records: list[dict], out: str):
         draw(axis, [x for x, _ in of_sweep], estimates, 1, "without L_sen")
         axis.set(title="OOD average", xlabel="lambda_inv")
     own.set(title="own episodes while training", xlabel="iteration")
-    shifts.set(title="each kind of shift")
+    shifts.set(title="in distribution and out of it")
     shifts.set_xticks(range(len(columns)), [*columns], rotation=30, ha="right")
     distractors.set(title="clutter", xlabel="number of distractors")
     for axis in axes:
