@@ -63,8 +63,8 @@ PRESETS = {
     "assets":                 ("rl4vla", "rl4vla", "rl4vla", "builtin", "builtin", "flat", "flat"),
     "critic_warmup":          (0,        0,        0,        3,         3,         2,      2),
     "warmup_epochs":          (4,        4,        4,        4,         8,         3,      3),
-    # DEVIATION: with the current weights as Eq. (2)'s target (None) both sides meet in the middle,
-    # and a small backbone goes blind (results/README.md). 0: the target is the start
+    # DEVIATION: with the current weights as Eq. (2)'s target (None) pi05-flat learns at lambda_inv
+    # 0.5 and forgets what it knew at 4 (results/README.md). 0: the target is the start
     "inv_target_rate":        (None,     None,     None,     None,      None,      0.0,    0.0),
     "target_kl":              (0.0,      0.0,      0.0,      0.04,      0.04,      0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),

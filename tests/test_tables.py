@@ -648,6 +648,37 @@ def test_the_committed_tables_come_from_the_committed_records(backbone, tmp_path
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
+def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
+    """And any other end is an error, not a record."""
+    calls, last = [], "error: the policy is going blind: ..."
+
+    def run(command, stdout, **_):
+        calls.append(command[1])
+        stdout.write(last + "\n")
+        return subprocess.CompletedProcess(command, 2 if command[1] == "ppo_pair.py" else 0)
+
+    monkeypatch.setattr(flatland, "ROOT", tmp_path)
+    monkeypatch.setattr(flatland.subprocess, "run", run)
+    monkeypatch.setattr(flatland, "record_of", lambda *about: about)
+    flatland.play(flatland.Args(), "PAIR", 2)
+    assert calls == ["ppo_pair.py", "evaluate.py"]
+    last = "error: no space left"
+    with pytest.raises(runtime.Fault, match="PAIR, seed 3 ended with 2"):
+        flatland.play(flatland.Args(), "PAIR", 3)
+
+
+def test_an_arm_is_compared_with_the_baseline_of_its_own_seeds():
+    def record(arm, seed, bits):
+        bits = dict.fromkeys(ALL, np.packbits(bits).tobytes().hex())
+        about = dict(arm=arm, seed=seed, episodes=4, ended=False, curves={})
+        return about | dict(success_once=bits, success_at_end=bits)
+
+    runs = [record("PPO", 2, [1, 0, 0, 0]), record("PPO", 3, [1, 1, 1, 1])]
+    runs.append(record("PAIR", 2, [1, 1, 0, 0]))
+    row = next(x for x in flatland.table_of(runs).splitlines() if x.startswith("| PAIR"))
+    assert "+25.0" in row and "-12.5" not in row
+
+
 def test_a_run_that_a_guard_ended_is_counted_and_not_left_out():
     bits = dict.fromkeys(ALL, np.packbits([1, 0, 1, 1]).tobytes().hex())
     record = dict(episodes=4, ended=False, curves={}, success_once=bits, success_at_end=bits)

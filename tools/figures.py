@@ -113,23 +113,29 @@ def read_aligned(arms: dict[str, list[str]]):
     return align({name: [read_records(run) for run in runs] for name, runs in arms.items()})
 
 
-def draw_splits(args, arms, kind: str, train: float):
-    """Every arm's success against the number in the name of a split; `train` stands for one."""
-    outcomes = read_aligned(arms)
+def numbered_splits(outcomes, kind: str, train: float) -> dict[float, list]:
+    """{number in the name of a split: its row}, in order; `train` stands for a number."""
     rows, numbers = rows_of_splits(outcomes), {}
     for split in outcomes.splits:
         match = re.fullmatch(kind + r"[-+](\d+(?:\.\d+)?)", split)
         if match or split == "train":
             numbers.setdefault(float(match[1]) if match else train, rows[split])
+    return dict(sorted(numbers.items()))
+
+
+def draw_splits(args, arms, kind: str, train: float):
+    """Every arm's success against the number in the name of a split."""
+    outcomes = read_aligned(arms)
+    numbers = numbered_splits(outcomes, kind, train)
     if len(numbers) < 2:
         raise Fault(
             f"the records hold {', '.join(outcomes.splits)}: evaluate train and splits of "
             f"the kind {kind} too"
         )
-    xs = sorted(numbers)
+    xs = list(numbers)
     figure, (axis,) = panels(1)
     for number, (name, x) in enumerate(outcomes.success[args.metric].items()):
-        draw(axis, xs, [rate(x, numbers[value]) for value in xs], number, name)
+        draw(axis, xs, [rate(x, row) for row in numbers.values()], number, name)
     axis.set_xticks(xs)
     percent_axis(axis)
     return figure, axis, xs

@@ -6,8 +6,8 @@
 
 A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
 results/flat/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
-compares every arm with the first by `evaluate.py`'s bootstrap over seeds and episodes. BACKBONE.png
-has the curves, every kind of shift, the number of distractors, and lambda_inv.
+compares every arm with PPO over the same seeds, by `evaluate.py`'s bootstrap over seeds and
+episodes. BACKBONE.png has the curves, every kind of shift, the number of distractors, lambda_inv.
 """
 
 import json
@@ -25,19 +25,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
-from evaluate import (
-    METRICS,
-    Outcomes,
-    difference,
-    markdown,
-    percent,
-    rate,
-    read_records,
-    rows_of_splits,
-)
+from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
 from ppo_pair import preset
 from runtime import Fault, command_line, newest_checkpoint, read_json, write_text
-from tools.figures import COLOURS, draw, panels, percent_axis, save
+from tools.figures import COLOURS, draw, numbered_splits, panels, percent_axis, save
 from tools.tables import columns_of
 
 ARMS = {
@@ -141,8 +132,10 @@ def outcomes_of(records: list[dict]) -> Outcomes:
 
 
 def table_of(records: list[dict]) -> str:
-    """A row per arm: success in per cent on each kind of split, and its OOD average minus PPO's."""
+    """A row per arm: success in per cent on each kind of split, and what it has more than the first
+    arm over the same seeds."""
     outcomes, parts = outcomes_of(records), []
+    seeds = {arm: [r["seed"] for r in records if r["arm"] == arm] for arm in ARMS}
     ended = Counter(record["arm"] for record in records if record["ended"])
     columns = columns_of(outcomes)
     for metric in METRICS:
@@ -153,7 +146,8 @@ def table_of(records: list[dict]) -> str:
         rows = [["arm", "seeds", "ended by a guard", *heads]]
         for arm, x in success.items():
             cells = [percent(rate(x, row)) for row in columns.values()]
-            changes = [percent(difference(a, x, columns[name]), "+") for name in changed]
+            same = a[np.isin(seeds[first], seeds[arm])]
+            changes = [percent(difference(same, x, columns[name]), "+") for name in changed]
             counts = [str(len(x)), str(ended[arm] or "")]
             rows.append([arm, *counts, *cells, *(changes if arm != first else [""] * 3)])
         parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
@@ -166,15 +160,19 @@ SWEEP = {0: "PPO", 1: "lambda_inv 1", 2: "lambda_inv 2", 4: "+inv"}  # Figure 4
 
 def figure_of(records: list[dict], out: str):
     """Figures 2 to 4 side by side, of the arms that are there: their own episodes against
-    iterations (mean and range of the seeds), each kind of shift, distractors, lambda_inv."""
+    iterations (mean and range of the seeds that no guard ended), each kind of shift, distractors,
+    lambda_inv."""
     outcomes = outcomes_of(records)
     success, columns = outcomes.success[METRICS[0]], columns_of(outcomes)
     arms = [arm for arm in MAIN if arm in success]
     of_sweep = [(x, success[arm]) for x, arm in SWEEP.items() if arm in success]
     figure, axes = panels(4 if len(of_sweep) > 1 else 3)
     own, shifts, distractors, *sweep = axes
-    rows = rows_of_splits(outcomes)
-    levels = {distractors_of(s): row for s, row in rows.items() if distractors_of(s)}
+    levels = numbered_splits(outcomes, "clutter", train=1)
+
+    def rates(arm, rows):
+        return [rate(success[arm], row) for row in rows.values()]
+
     for i, arm in enumerate(arms):
         runs = [r["curves"]["success"] for r in records if r["arm"] == arm and not r["ended"]]
         if runs:
@@ -185,10 +183,8 @@ def figure_of(records: list[dict], out: str):
                 iterations, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0
             )
         at = np.arange(len(columns)) + (i - (len(arms) - 1) / 2) * 0.2
-        draw(shifts, at, [rate(success[arm], row) for row in columns.values()], i, arm, line="none")
-        draw(
-            distractors, list(levels), [rate(success[arm], row) for row in levels.values()], i, arm
-        )
+        draw(shifts, at, rates(arm, columns), i, arm, line="none")
+        draw(distractors, list(levels), rates(arm, levels), i, arm)
     for axis in sweep:
         estimates = [rate(x, columns["OOD average"]) for _, x in of_sweep]
         draw(axis, [x for x, _ in of_sweep], estimates, 1, "without L_sen")
@@ -201,11 +197,6 @@ def figure_of(records: list[dict], out: str):
         percent_axis(axis)
     shifts.get_legend().remove()  # that of the first panel
     save(figure, out)
-
-
-def distractors_of(split: str) -> int:
-    """How many distractors a split's name says there are; 0: it does not say."""
-    return 1 if split == "train" else int(split[8:]) if split.startswith("clutter-") else 0
 
 
 def main(args: Args):
@@ -231,7 +222,7 @@ def main(args: Args):
             list(pool.map(one, [key for key in wanted if key not in done]))
     if not records:
         raise Fault(f"{file} holds no records: run the study first, without --table")
-    records = in_order(records)
+    records = in_order([r for r in records if r["seed"] < args.seeds + 2])
     write_text(file.with_suffix(".md"), table_of(records))
     figure_of(records, str(file.with_suffix("")))
     print(table_of(records))
