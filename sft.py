@@ -50,7 +50,8 @@ class Args:
     clone_steps: int = 3600
     """optimizer steps of behaviour cloning"""
     astray: float = 0.0
-    """share of a demonstration's moves that go anywhere instead (flat)"""
+    """share of the demonstrations in which the hand first goes for another place, as a policy does
+    that errs; flat: share of a demonstration's moves that go anywhere"""
     grounding: bool = True
     """both stages ask where things are"""
     keep_seeing: bool = False
@@ -76,19 +77,45 @@ def preset(backbone: str = "openvla-tiny", **changes) -> Args:
     return Args(**{"backbone": backbone} | DEFAULTS[backbone] | changes)
 
 
-def collect(environments, split: str, episode_ids, noise: float, rate: float, seed: int):
+def go_astray(env, xy, steps: int) -> None:
+    """The hand fetches nothing from `xy` (metres) and carries it to the plate, for `steps` steps.
+
+    A policy that takes the wrong object has the hand there, and what it would do at o_pre, where
+    that object is gone, is what Eq. (2) teaches. So the demonstrations have to begin there, too.
+    """
+    pack, plate = env.pack, env.plate_entity.pose.p[:2]
+    (_, _, middle), (_, _, half) = pack.workspace
+    low, high = middle - 0.65 * half, middle + 0.15 * half
+    way = [(*xy, high, 1), (*xy, low, 1), (*xy, low, -1), (*xy, high, -1), (*plate, high, -1)]
+    to_base = pack.base_pose.inv().to_transformation_matrix()[:3, :3]
+    for _ in range(steps):
+        *point, gripper = way[0]
+        move = np.clip(
+            to_base @ (point - env.tcp_entity.pose.p), -pack.largest_move, pack.largest_move
+        )
+        env.step(np.array([*move, 0, 0, 0, gripper], np.float32))
+        if len(way) > 1 and np.linalg.norm(point - env.tcp_entity.pose.p) < 0.025:
+            way.pop(0)
+
+
+def collect(
+    environments, split: str, episode_ids, noise: float, rate: float, seed: int, astray: float = 0.0
+):
     """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
 
     rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table,
     1-25 object, 26 plate, 27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of
     plate and tcp, objects (k,) indices, object_xyz (T, k, 3) metres (target first), success bool.
     The arm is disturbed by `noise` (a std in units of the largest step) in a fraction `rate` of the
-    steps, and the label stays the oracle's, so the data shows how to recover.
+    steps, and the label stays the oracle's, so the data shows how to recover. A share `astray` of
+    the episodes begins where `go_astray` has left the hand.
     """
     env, pack, episodes = environments[0], environments[0].pack, []
     for episode_id in episode_ids:
         rng = np.random.default_rng([seed, episode_id])
         env.reset(seed=0, options=dict(episodes=[env.sample(episode_id, split)]))
+        if astray and rng.random() < astray:
+            go_astray(env, env.sample(episode_id, "train").distractor_xy[0], rng.integers(1, 16))
         ids = [env.episode.target, *env.episode.distractors]
         lut = np.zeros(1024, np.uint8)
         for i, actor in enumerate(env.objects):
@@ -356,9 +383,8 @@ def main(args: Args):
         scenes = gather(vec, "busy", ids, 0.5, 0.5, args.seed)
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that
         # acts in chunks gets fewer.
-        how = (0.25, 1 / max(2, untrained.horizon), args.seed)
+        how = (0.25, 1 / max(2, untrained.horizon), args.seed, args.astray)
         mixed = round(args.demos * args.distractor_share)
-        how += (args.astray,) if flat else ()
         demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos - mixed), *how)
         demos += gather(vec, "train", episode_ids("mixed demos", 0, 0, mixed), *how)
         held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)

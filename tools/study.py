@@ -1,11 +1,11 @@
-"""A study in Flatland: every arm over many seeds, one table. An interrupted study goes on.
+"""Every arm over many seeds, one table. An interrupted study goes on.
 
-    python tools/study.py                                # all arms, 8 seeds, pi05-flat
-    python tools/study.py --backbone openvla-flat --arms PPO PAIR --jobs 2
+    python tools/study.py                                # Flatland: all arms, 8 seeds, pi05-flat
+    python tools/study.py --backbone pi05-tiny --arms PPO PAIR --seeds 3 --jobs 2   # the simulator
     python tools/study.py --table                        # from the records alone
 
 A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
-results/flat/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
+results/ASSETS/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
 compares every arm with PPO over the same seeds, by `evaluate.py`'s bootstrap over seeds and
 episodes. BACKBONE.png has the curves, every kind of shift, the number of distractors, lambda_inv.
 """
@@ -53,7 +53,7 @@ CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
 @dataclass
 class Args:
     backbone: str = "pi05-flat"
-    """pi05-flat or openvla-flat"""
+    """pi05-flat, openvla-flat, pi05-tiny or openvla-tiny"""
     arms: tuple[str, ...] = tuple(ARMS)
     """which arms, by name"""
     seeds: int = 8
@@ -203,7 +203,7 @@ def main(args: Args):
     unknown = [arm for arm in args.arms if arm not in ARMS]
     if unknown:
         raise Fault(f"unknown arm {unknown[0]!r}: choose from {', '.join(ARMS)}")
-    file = ROOT / "results/flat" / f"{args.name or args.backbone}.jsonl"
+    file = ROOT / "results" / preset(args.backbone).assets / f"{args.name or args.backbone}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(record["arm"], record["seed"]) for record in records}
