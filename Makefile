@@ -1,7 +1,7 @@
 # make setup       virtual environment, packages, a Vulkan driver that draws (quick when done)
-# make train       PAIR-VLA with its defaults; e.g. make train BACKBONE=openvla-tiny ARGS="--iterations 10"
+# make train       PAIR-VLA with its defaults; e.g. make train BACKBONE=pi05-flat ARGS="--iterations 10"
 # make test        lint and tests; make test-slow: the tests that take minutes
-# make results     Flatland's tables and figures once more, from the committed records
+# make results     the studies' tables and figures once more, from the committed records
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -63,7 +63,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 
 results: setup
-	@for backbone in openvla-flat pi05-flat; do .venv/bin/python tools/study.py --backbone $$backbone --table > /dev/null; done
+	@for backbone in openvla-flat pi05-flat pi05-tiny; do .venv/bin/python tools/study.py --backbone $$backbone --table > /dev/null; done
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache

@@ -669,8 +669,7 @@ LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at lea
 
 
 def check_collapse(state: RunState, warmup: int):
-    """Stop a run that destroys its policy. The thresholds: none of the 18 healthy runs in results/
-    comes near (the worst keeps 0.85 of its success), the one that collapsed trips at 17 of 24."""
+    """Stop a run that destroys its policy. No healthy run in results/ trips the thresholds."""
     start, *unrelated = state.unrelated_kl
     success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:

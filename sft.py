@@ -1,8 +1,8 @@
 """A warm start from nothing: what pretraining and supervised fine-tuning do for the big
 checkpoints, this file does for a small backbone.
 
-    python sft.py                                     # scenes, demonstrations, training -> runs/sft
-    python sft.py --clone-steps 3200 --out runs/weak  # a weak start (36 %), for studying PPO
+    python sft.py                             # scenes, demonstrations, training -> runs/sft
+    python sft.py --backbone openvla-flat     # the same in Flatland
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and
 "where is X?" (grounding, answered with the very seven numbers that actions are written in). Its
@@ -31,7 +31,7 @@ from runtime import Fault, command_line, episode_ids, whole_directory
 
 @dataclass
 class Args:
-    backbone: str = "openvla-tiny"
+    backbone: str = "pi05-tiny"
     """a small backbone: the big ones come with their own warm start. It chooses the defaults"""
     out: str = "runs/sft"
     """where the checkpoint goes"""
@@ -39,9 +39,9 @@ class Args:
     """asset pack: builtin, or flat (no simulator)"""
     seed: int = 0
     """seed of everything"""
-    scenes: int = 1200
+    scenes: int = 1000
     """episodes with four distractors for pretraining"""
-    demos: int = 2500
+    demos: int = 2400
     """scripted episodes for behaviour cloning; those that fail are left out"""
     distractor_share: float = 0.0
     """share of them with a distractor (the paper's demonstrations have none, A.1)"""
@@ -49,7 +49,7 @@ class Args:
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 3600
     """optimizer steps of behaviour cloning"""
-    astray: float = 0.0
+    astray: float = 0.4
     """share of the demonstrations in which the hand first goes for another place, as a policy does
     that errs; flat: share of a demonstration's moves that go anywhere"""
     grounding: bool = True
@@ -67,7 +67,7 @@ FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=
 DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": {}, "openvla-flat": FLAT, "pi05-flat": FLAT}
 
 
-def preset(backbone: str = "openvla-tiny", **changes) -> Args:
+def preset(backbone: str = "pi05-tiny", **changes) -> Args:
     """The Args of a backbone, with `changes`."""
     if backbone not in DEFAULTS:
         raise Fault(
@@ -402,7 +402,7 @@ def main(args: Args):
 def parse() -> Args:
     """The command line. --backbone chooses the defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--backbone", default="openvla-tiny")
+    first.add_argument("--backbone", default="pi05-tiny")
     return tyro.cli(Args, default=preset(first.parse_known_args()[0].backbone))
 
 

@@ -1,6 +1,7 @@
 """The update: GAE and losses against official numbers and brute force, reductions, and a toy that must be learnt."""
 
 import copy
+import json
 import re
 import types
 from pathlib import Path
@@ -523,13 +524,21 @@ def fires(success, unrelated, warmup=3):
 
 
 def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
-    """The one recorded collapse (success 61 to 22 %) fires, no other record does."""
-    records = sorted(RESULTS.glob("*/*.txt"))
-    fired = {file.name: fires(*recorded(file)) for file in records}
-    assert len(records) > 18
+    """Among the health lines the one recorded collapse (success 61 to 22 %) fires. Of the runs of a
+    study those fire that a guard has ended, in their last iteration."""
+    fired = {file.name: fires(*recorded(file)) for file in RESULTS.glob("*/*.txt")}
     iteration, sentence = fired.pop("small_batches_4_0.2.txt")
     assert 10 < iteration < 24 and "success fell" in sentence
     assert not any(fired.values()), fired
+    ends = []
+    for file in RESULTS.glob("*/*-[ft]*.jsonl"):
+        warmup = ppo_pair.preset(file.stem).critic_warmup
+        for run in map(json.loads, file.read_text().splitlines()):
+            success, unrelated = (run["curves"][name] for name in ("success", "unrelated_kl"))
+            iteration, _ = fires(success, unrelated, warmup) or (None, "")
+            assert iteration == (len(success) if run["ended"] else None), (file, run["arm"])
+            ends.append(run["ended"])
+    assert len(ends) >= 80 and 4 <= sum(ends) < 8
     assert "going blind" in fires([0.5] * 20, [1.0] * 5 + [0.3] * 15)[1]
     assert fires([0.5] * 20, [1.0] * 5 + [0.6] * 15) is None
     assert (

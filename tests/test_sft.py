@@ -116,7 +116,20 @@ def test_the_arm_is_disturbed_in_that_part_of_the_steps_and_the_label_is_not(
     assert (np.abs(labels[:, :3]) <= builtin.PACK.largest_move + 1e-6).all()
 
 
-@pytest.mark.parametrize("share, mixed", [(0.0, 0), (0.25, 625)])
+def test_an_astray_demonstration_begins_where_a_policy_that_errs_has_the_hand(env):
+    """Elsewhere: over the place of a distractor of `train` or on its way from there to the plate.
+    What follows is the oracle's, and it succeeds."""
+    ids = range(400_000, 400_006)
+    straight = sft.collect([env], "bare", ids, 0.0, 0.0, 0)
+    astray = sft.collect([env], "bare", ids, 0.0, 0.0, 0, astray=1.0)
+    begin = [np.array([e["where"][0, 1] for e in part]) for part in (straight, astray)]
+    assert np.ptp(begin[0], axis=0).max() < 0.01  # always the same
+    assert (np.linalg.norm(begin[1] - begin[0], axis=1) > 0.05).sum() >= 4
+    assert sum(e["success"] for e in astray) >= 5
+    assert all((a["objects"] == b["objects"]).all() for a, b in zip(straight, astray, strict=True))
+
+
+@pytest.mark.parametrize("share, mixed", [(0.0, 0), (0.25, 600)])
 @pytest.mark.parametrize(("backbone", "rate"), [("openvla-tiny", 1 / 2), ("pi05-tiny", 1 / 8)])
 def test_what_is_demonstrated(monkeypatch, tmp_path, backbone, rate, share, mixed):
     """Scenes without a distractor (A.1) but for a share; a policy that acts in chunks sees fewer disturbances."""
@@ -128,9 +141,9 @@ def test_what_is_demonstrated(monkeypatch, tmp_path, backbone, rate, share, mixe
         sft.main(sft.preset(backbone, out=str(tmp_path / "out"), distractor_share=share))
     assert sft.preset(backbone).distractor_share == 0
     scenes, *demos = [(split, len(ids), how) for split, ids, *how in asked]
-    assert scenes == ("busy", 1200, [0.5, 0.5, 0])
-    how = [0.25, rate, 0]
-    assert demos == [("bare", 2500 - mixed, how), ("train", mixed, how), ("bare", 64, how)]
+    assert scenes == ("busy", 1000, [0.5, 0.5, 0])
+    how = [0.25, rate, 0, 0.4]
+    assert demos == [("bare", 2400 - mixed, how), ("train", mixed, how), ("bare", 64, how)]
     ids = [set(ids) for _, ids, *_ in asked]
     assert len(set.union(*ids)) == sum(map(len, ids))  # no episode is used twice
 

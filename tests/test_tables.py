@@ -15,7 +15,7 @@ from test_evaluate import make_records, write_records
 import evaluate as ev
 import runtime
 from tools import figures, plot, tables
-from tools import study as flatland
+from tools import study as studies
 
 ROOT = Path(__file__).parents[1]
 OOD = ["texture", "lighting", "pose", "clutter-2", "clutter-4", "clutter-6", "clutter-8"]
@@ -635,16 +635,16 @@ def test_a_bad_call_is_one_sentence_and_exit_code_2(tool, args, capsys):
     assert line.startswith("error: ") and "nowhere" in line
 
 
-# ---- Flatland's study
+# ---- a study
 
 
-@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat"])
+@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat", "pi05-tiny"])
 def test_the_committed_tables_come_from_the_committed_records(backbone, tmp_path):
     """Text byte for byte. A figure's bytes depend on the fonts and libraries of the machine."""
-    file = ROOT / f"results/flat/{backbone}.jsonl"
+    (file,) = ROOT.glob(f"results/*/{backbone}.jsonl")
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert flatland.table_of(flatland.in_order(records)) == file.with_suffix(".md").read_text()
-    flatland.figure_of(records, str(tmp_path / "figure"))
+    assert studies.table_of(studies.in_order(records)) == file.with_suffix(".md").read_text()
+    studies.figure_of(records, str(tmp_path / "figure"))
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
@@ -657,14 +657,14 @@ def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
         stdout.write(last + "\n")
         return subprocess.CompletedProcess(command, 2 if command[1] == "ppo_pair.py" else 0)
 
-    monkeypatch.setattr(flatland, "ROOT", tmp_path)
-    monkeypatch.setattr(flatland.subprocess, "run", run)
-    monkeypatch.setattr(flatland, "record_of", lambda *about: about)
-    flatland.play(flatland.Args(), "PAIR", 2)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(studies.subprocess, "run", run)
+    monkeypatch.setattr(studies, "record_of", lambda *about: about)
+    studies.play(studies.Args(), "PAIR", 2)
     assert calls == ["ppo_pair.py", "evaluate.py"]
     last = "error: no space left"
     with pytest.raises(runtime.Fault, match="PAIR, seed 3 ended with 2"):
-        flatland.play(flatland.Args(), "PAIR", 3)
+        studies.play(studies.Args(), "PAIR", 3)
 
 
 def test_an_arm_is_compared_with_the_baseline_of_its_own_seeds():
@@ -675,7 +675,7 @@ def test_an_arm_is_compared_with_the_baseline_of_its_own_seeds():
 
     runs = [record("PPO", 2, [1, 0, 0, 0]), record("PPO", 3, [1, 1, 1, 1])]
     runs.append(record("PAIR", 2, [1, 1, 0, 0]))
-    row = next(x for x in flatland.table_of(runs).splitlines() if x.startswith("| PAIR"))
+    row = next(x for x in studies.table_of(runs).splitlines() if x.startswith("| PAIR"))
     assert "+25.0" in row and "-12.5" not in row
 
 
@@ -686,6 +686,6 @@ def test_a_run_that_a_guard_ended_is_counted_and_not_left_out():
     ended = record | dict(ended=True, success_once=none, success_at_end=none)
     runs = [record | dict(arm="PPO", seed=2), record | dict(arm="PAIR", seed=2)]
     runs += [record | dict(arm="PPO", seed=3), ended | dict(arm="PAIR", seed=3)]
-    once = flatland.table_of(flatland.in_order(runs)).split("## success_at_end")[0]
+    once = studies.table_of(studies.in_order(runs)).split("## success_at_end")[0]
     pair = next(line for line in once.splitlines() if line.startswith("| PAIR"))
     assert pair.split("|")[2:4] == [" 2 ", " 1 "] and "37.5" in pair and "-37.5" in pair

@@ -77,7 +77,9 @@ def play(args: Args, arm: str, seed: int) -> dict:
     run = ROOT / "runs/study" / (args.name or args.backbone) / f"{arm}_{seed}".replace(" ", "-")
     command = ["ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
     command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", str(args.episodes)]
-    command += ["--save-every", "1", "--keep", "1", *args.flags.split(), *flags.split()]
+    # A simulator is built anew after each checkpoint, which takes a minute
+    save_every = "1" if preset(args.backbone).assets == "flat" else "6"
+    command += ["--save-every", save_every, "--keep", "1", *args.flags.split(), *flags.split()]
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".txt")
 
