@@ -7,16 +7,13 @@ environments that play them.
 
 An episode is a pure function of (split, episode id): `sample_episode`. It has a fixed length;
 success does not end it. `make_envs` makes N environments of an asset pack, which hand out batched
-torch tensors. How a scene is simulated and drawn is in scenes/; this file imports the simulator
-only where one is made.
+torch tensors. How a scene is simulated and drawn is in scenes/.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from runtime import Fault, command_line
+from runtime import Fault, command_line, own_cores
 
 
 # ------------------------------------------------------------ Splits and episodes
@@ -66,8 +63,8 @@ def parse_split(name: str) -> Split:
     """The Split called `name`: one of SPLITS, or section 5.5's, in degrees up to 90. camera+N or
     camera-N: one orbit of the camera. Drawn for each episode: camera+M-N:S from M, M + S, ... N
     (training is camera+0-20:4), and camera+-N:S from ... -S, 0, S, ... N, both sides."""
-    if name in SPLITS or name in SFT_SPLITS:
-        return {**SPLITS, **SFT_SPLITS}[name]
+    if name in SPLITS | SFT_SPLITS:
+        return (SPLITS | SFT_SPLITS)[name]
     number = r"\d+(?:\.\d+)?"
     one = re.fullmatch(rf"camera([+-]{number})", name)
     many = re.fullmatch(rf"camera\+({number})?-({number}):({number})", name)
@@ -79,8 +76,8 @@ def parse_split(name: str) -> Split:
     else:
         low, high, step = float(many[1] or 0), float(many[2]), float(many[3])
         if not 0 < step <= high - low:
-            hint = f"the step must be above 0 and at most {high - low:g} degrees"
-            raise Fault(f"split {name!r}: {hint}")
+            most = f"{high - low:g} degrees"
+            raise Fault(f"split {name!r}: the step must be above 0 and at most {most}")
         degrees = [low + step * i for i in range(int((high - low) / step + 1e-9) + 1)]
         if many[1] is None:
             degrees = [-d for d in degrees[:0:-1]] + degrees
@@ -172,8 +169,8 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
     radii = [pack.radius(target), pack.plate_radius, pack.radius(first)]
     for i in distractors[1:]:
         # The first free point of the training grid, then of its border, then of a wider patch
-        points = np.concatenate([stream[5].permutation(points) for points in (GRID, RING, WIDE)])
-        points = np.concatenate([points, FARTHER])
+        shuffled = [stream[5].permutation(points) for points in (GRID, RING, WIDE)]
+        points = np.concatenate([*shuffled, FARTHER])
         gaps = np.linalg.norm(points[:, None] - np.array([targets[t], GRID[p], *placed]), axis=-1)
         clearance = (gaps - np.array(radii) - pack.radius(i)).min(1)
         placed.append(points[np.flatnonzero(clearance > 0.005)[0]])
@@ -226,7 +223,7 @@ def make_env(assets: str, image_size: int | None = None, resize: str | None = No
     if assets == "flat":
         raise Fault("--assets flat has no scene in ManiSkill: make_envs makes its environments")
     pack = find_pack(assets)
-    from scenes.task import PutOnPlate
+    from scenes.task import PutOnPlate  # here, because Flatland needs no simulator
 
     try:
         return PutOnPlate(pack, partial(sample_episode, pack=pack), image_size, resize)
@@ -275,15 +272,15 @@ def make_envs(
     sim="cpu",
 ):
     """N environments of asset pack `assets`, spread over `num_workers` processes (default: one per
-    core) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in this process
-    with GPU physics -> CudaVecEnv.
+    core of this rank) -> VecEnv; or with `sim` "cuda", or "auto" where that is possible, all in
+    this process with GPU physics -> CudaVecEnv.
 
     Args:
         image_size: pixels of the square pictures; default: the pack's.
         resize: how to get there from the 640 x 480 of the pack rl4vla: "squash" into a square, or
-        "keep" the aspect ratio (the height is then smaller). None: drawn square at once.
+            "keep" the aspect ratio (the height is then smaller). None: drawn square at once.
         alter, preserve: functions of views.py, rendered at every look: they add rgb_alt and rgb_pre
-        to the observation.
+            to the observation.
     Raises: Fault on a wrong argument, or when a worker fails to start.
     """
     if num_envs < 1:
@@ -306,8 +303,8 @@ def make_envs(
         return CudaVecEnv(num_envs, pack, image_size, resize, sample, views)
     from scenes.workers import VecEnv
 
-    num_workers = min(num_envs, num_workers or len(os.sched_getaffinity(0)))
-    return VecEnv(num_envs, pack, image_size, resize, sample, make_env, views, num_workers)
+    make = partial(make_env, assets, image_size, resize)
+    return VecEnv(num_envs, pack, sample, make, views, min(num_envs, num_workers or own_cores()))
 
 
 # ------------------------------------------------------------ Command line
@@ -325,37 +322,27 @@ class Args:
     started again"""
 
 
-def download():
-    from scenes import rl4vla
-
-    try:
-        rl4vla.download()
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        hint = "check the network and start it again, it goes on where it was"
-        raise Fault(f"--download: {reason}; {hint}")
-    find_pack("rl4vla")
-    folders = " and ".join(map(str, rl4vla.asset_folders().values()))
-    print(f"ok: the pack rl4vla is complete in {folders}")
-
-
-def use_tool(name: str, *args: str):
-    """In a process of its own, because a tool imports this file."""
-    tool = Path(__file__).parent / "tools" / name
-    code = subprocess.run([sys.executable, str(tool), *args]).returncode
-    if code:
-        sys.exit(code)
-
-
 def main(args: Args):
+    from tools import gallery, preflight  # here, because they import this file
+
     if not (args.check or args.download or args.gallery):
         raise Fault("nothing to do: say --check, --gallery FILE.png or --download")
     if args.download:
-        download()
+        from scenes import rl4vla
+
+        try:
+            rl4vla.download()
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            hint = "check the network and start it again, it goes on where it was"
+            raise Fault(f"--download: {reason}; {hint}")
+        find_pack("rl4vla")
+        folders = " and ".join(map(str, rl4vla.asset_folders().values()))
+        print(f"ok: the pack rl4vla is complete in {folders}")
     if args.check:
-        use_tool("preflight.py", "--assets", args.assets)
+        preflight.check(args.assets)
     if args.gallery:
-        use_tool("gallery.py", args.gallery, "--assets", args.assets)
+        gallery.draw_sheet(args.gallery, args.assets)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,17 @@ evaluation into the same folder replaces the splits that it plays and keeps the 
   compared in pairs. The noise depends on (seed, split, batch) alone: the same checkpoint, flags and
   machine give the same file again.
 * Actions are sampled at temperature 0.6, as RL4VLA and RLinf do (`--temperature 0` is argmax).
-* The paper's rates are multiples of 1/384 (OpenVLA: 128 episodes x 3) and 1/480 (pi0.5: 160 x 3).
 * OOD average: as Table 1, the mean over kinds of shift, where clutter is the mean over its levels.
   A camera counts as OOD from above 20 degrees on (Section 5.5).
-* Records of an earlier version hold no protocol. They are compared with one another alone, and a
-  line on stderr says that nobody knows whether they were played in the same way.
+* Records of an earlier version hold no protocol. They are compared with one another alone.
 """
 
 import functools
 import json
 import math
-import os
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,9 +49,10 @@ from policies import PolicyArgs, load_policy
 from runtime import Fault, episode_ids, read_json, write_text
 
 METRICS = ("success_once", "success_at_end")
-# What must be equal for two records to be comparable. `checkpoint` is recorded beside it.
+# What must be equal for two records to be comparable.
 PROTOCOL = ("backbone", "assets", "sim", "temperature", "num_envs", "horizon", "replan", "steps",
             "dtype", "ablate")  # fmt: skip
+RECORDED = (*PROTOCOL, "checkpoint")
 TRAINING_CAMERAS = 20  # degrees: Section 5.5 trains on 0 to 20 and tests up to 28
 
 
@@ -127,22 +126,18 @@ def play_episodes(
     temperature,
     seed=0,
     ablate="none",
-    *,
     video_dir=None,
     num_videos=0,
     bar=None,
-    rank=0,
-    world=1,
 ):
     """Play each episode once -> one record per episode, in the order of `episode_ids`.
 
-    bar: a tqdm that counts episodes. Of `world` ranks each plays every world-th batch; together
-    their records are those of one. The caller's random state is the same afterwards: a training run
-    with evaluations inside equals one without.
+    bar: a tqdm that counts episodes. Of several ranks each plays its share of the batches; together
+    their records are those of one. The caller's random state is the same afterwards.
     """
     records, n = [], envs.num_envs
     for batch, first in enumerate(range(0, len(episode_ids), n)):
-        if batch % world != rank:
+        if batch % runtime.WORLD != runtime.RANK:
             continue
         # All environments step together: the last batch is filled up from the start of the list,
         # and the records of those episodes are dropped.
@@ -166,24 +161,21 @@ def play_episodes(
         assert done.all(), "every episode ends at max_episode_steps"
 
         for i, episode_id in enumerate(ids):
-            records.append(
-                {
-                    "split": split,
-                    "episode_id": int(episode_id),
-                    "seed": seed,
-                    "instruction": instructions[i],
-                    "success_once": bool(info["success_once"][i]),
-                    "success_at_end": bool(info["success"][i]),
-                    "steps": steps,
-                    "sum_reward": float(
-                        info["episode_return"][i]
-                    ),  # the return, under LeRobot's name
-                }
-            )
-        for i, record in enumerate(records[-len(ids) :][:num_filmed]):
-            outcome = "success" if record["success_once"] else "failure"
-            file = Path(video_dir) / f"{split}_{ids[i]}_{outcome}.mp4"
-            write_video(file, [frame[i] for frame in frames])
+            record = {
+                "split": split,
+                "episode_id": int(episode_id),
+                "seed": seed,
+                "instruction": instructions[i],
+                "success_once": bool(info["success_once"][i]),
+                "success_at_end": bool(info["success"][i]),
+                "steps": steps,
+                "sum_reward": float(info["episode_return"][i]),  # under LeRobot's name
+            }
+            records.append(record)
+            if i < num_filmed:
+                outcome = "success" if record["success_once"] else "failure"
+                file = video_dir / f"{split}_{episode_id}_{outcome}.mp4"
+                write_video(file, [frame[i] for frame in frames])
         if bar is not None:
             successes = sum(record["success_once"] for record in records)
             bar.set_postfix_str(f"{split}: success {successes}/{len(records)}", refresh=False)
@@ -191,15 +183,15 @@ def play_episodes(
     return records
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], upscale: int = 4, fps: int = 5):
-    """mp4 of what the policy saw: frames (H, W, 3) uint8, each pixel a square, to be watched."""
+def write_video(path: Path, frames: Sequence[np.ndarray]):
+    """mp4 of what the policy saw: frames (H, W, 3) uint8, each pixel drawn as 4 x 4."""
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # 2: H.264 needs even sides, no more than that
-    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
+    with imageio.get_writer(path, fps=5, macro_block_size=2) as video:
         for frame in frames:
-            video.append_data(frame.repeat(upscale, axis=0).repeat(upscale, axis=1))
+            video.append_data(frame.repeat(4, axis=0).repeat(4, axis=1))
 
 
 # ------------------------------------------------------------------------------------- records
@@ -240,13 +232,12 @@ def read_records(path: str | Path) -> list[dict]:
             assert all(type(record[name]) is kind for name, kind in KINDS.items())
         except (ValueError, KeyError, TypeError, AssertionError):
             raise Fault(f"{path}, line {i}, is not an episode record: {again}") from None
-        if {*PROTOCOL, "checkpoint"} & record.keys() == {"steps"}:  # of an earlier version
+        if {*RECORDED} & record.keys() == {"steps"}:  # of an earlier version
             if i == 1:
                 print(f"{path} does not say how it was played", file=sys.stderr)
-            unknown = dict.fromkeys((*PROTOCOL, "checkpoint"), "not recorded")
-            record = unknown | {"ablate": "none"} | record
+            record = dict.fromkeys(RECORDED, "not recorded") | {"ablate": "none"} | record
         first = next(iter(records.values()), record)
-        for name in (*PROTOCOL, "checkpoint"):
+        for name in RECORDED:
             if name not in record:
                 raise Fault(f"{path}, line {i}, is no whole record, it lacks {name}: {again}")
             if (here := record[name]) != (there := first[name]):
@@ -264,25 +255,19 @@ def check_protocol(arms: dict[str, Sequence[Sequence[dict]]]):
 
     `ablate` may differ between arms where all are of the same checkpoints.
     """
-    checkpoints = [{run[0]["checkpoint"] for run in runs} for runs in arms.values()]
+    firsts = [[run[0] for run in runs] for runs in arms.values()]  # a record of each run
+    checkpoints = [{record["checkpoint"] for record in of_arm} for of_arm in firsts]
     same = checkpoints.count(checkpoints[0]) == len(arms)
-    first = next(iter(arms.values()))[0][0]
-    for runs in arms.values():
-        for run in runs:
-            expected = first | {"ablate": runs[0][0]["ablate"]} if same else first
+    for of_arm in firsts:
+        expected = firsts[0][0] | ({"ablate": of_arm[0]["ablate"]} if same else {})
+        for record in of_arm:
             for name in PROTOCOL:
-                if run[0][name] != expected[name]:
+                if record[name] != expected[name]:
                     raise Fault(
-                        f"{name} is {expected[name]} for {first['checkpoint']} and {run[0][name]} "
-                        f"for {run[0]['checkpoint']}: evaluate both in the same way to compare them"
+                        f"{name} is {expected[name]} for {expected['checkpoint']} and "
+                        f"{record[name]} for {record['checkpoint']}: evaluate both in the same way "
+                        "to compare them"
                     )
-
-
-def grouped(records: Sequence[dict], *names: str) -> dict[tuple, list[dict]]:
-    groups = {}
-    for record in records:
-        groups.setdefault(tuple(record[name] for name in names), []).append(record)
-    return groups
 
 
 def lerobot_info(records: Sequence[dict]) -> dict:
@@ -298,15 +283,19 @@ def lerobot_info(records: Sequence[dict]) -> dict:
             "avg_sum_reward": sum(record["sum_reward"] for record in records) / n,
         }
 
+    tasks, groups = {}, {}
+    for record in records:
+        tasks.setdefault((record["split"], record["seed"]), []).append(record)
+        groups.setdefault(record["split"], []).append(record)
     per_task = []
-    for (split, seed), of_task in grouped(records, "split", "seed").items():
+    for (split, seed), of_task in tasks.items():
         metrics = {
             "sum_rewards": [record["sum_reward"] for record in of_task],
             "successes": [record["success_once"] for record in of_task],
         }
-        names = {"task_group": split, "task_id": seed}
-        per_task.append(names | {"metrics": metrics} | summary(of_task))
-    per_group = {key[0]: summary(group) for key, group in grouped(records, "split").items()}
+        about = {"task_group": split, "task_id": seed, "metrics": metrics}
+        per_task.append(about | summary(of_task))
+    per_group = {split: summary(group) for split, group in groups.items()}
     return {"per_task": per_task, "per_group": per_group, "overall": summary(records)}
 
 
@@ -323,13 +312,14 @@ def write_results(out: Path, records: Sequence[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------- statistics
-def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(k: float, n: int) -> tuple[float, float]:
     """Wilson's score interval of a success rate: every p with (k/n - p)^2 <= z^2 p (1 - p) / n.
 
     Unlike k/n +- z sqrt(...), it stays inside [0, 1] and has a length even at 0 of n and n of n.
     """
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    z = 1.96  # 95 %
     center = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
     return max(0.0, center - half), min(1.0, center + half)
@@ -388,17 +378,22 @@ def align(arms: dict[str, Sequence[Sequence[dict]]]) -> Outcomes:
     rows = {episode: i for i, episode in enumerate(sorted({key[1:] for key in first}))}
     cells = {key: (rows[key[1:]], splits.index(key[0])) for key in first}
     shape = len(rows), len(splits)
-    outcomes = Outcomes(splits, np.zeros(shape, bool), np.zeros(shape, object), {})
+    present, instructions = np.zeros(shape, bool), np.zeros(shape, object)
     for key, cell in cells.items():
-        outcomes.present[cell], outcomes.instructions[cell] = True, first[key]["instruction"]
+        present[cell], instructions[cell] = True, first[key]["instruction"]
+    success = {metric: {} for metric in METRICS}
     for metric in METRICS:
-        outcomes.success[metric] = {}
         for name, runs in keyed.items():
-            x = outcomes.success[metric][name] = np.zeros((len(runs), *shape))
+            x = success[metric][name] = np.zeros((len(runs), *shape))
             for r, run in enumerate(runs):
                 for key, cell in cells.items():
                     x[r][cell] = run[key][metric]
-    return outcomes
+    return Outcomes(splits, present, instructions, success)
+
+
+def read_aligned(arms: dict[str, list[str]]) -> Outcomes:
+    """{arm: paths of its runs} -> their records, side by side."""
+    return align({name: [read_records(run) for run in runs] for name, runs in arms.items()})
 
 
 def rows_of_splits(outcomes: Outcomes) -> dict[str, list]:
@@ -406,10 +401,9 @@ def rows_of_splits(outcomes: Outcomes) -> dict[str, list]:
 
     A row's rate is the weighted sum of the rates over the masks.
     """
-    splits, rows = outcomes.splits, {}
+    splits = outcomes.splits
     masks = {s: outcomes.present & (np.arange(len(splits)) == i) for i, s in enumerate(splits)}
-    for split in splits:
-        rows[split] = [(1.0, masks[split])]
+    rows = {split: [(1.0, mask)] for split, mask in masks.items()}
     if weights := ood_weights(splits):
         rows["OOD average"] = [(weight, masks[split]) for split, weight in weights.items()]
     rows["all splits"] = [(1 / len(splits), mask) for mask in masks.values()]
@@ -457,7 +451,7 @@ def bootstrap(terms: Sequence[tuple[int, np.ndarray]], row: list) -> Estimate:
     """The sum of sign * rate over arms [(sign, x (R, E, S))]: bootstrap over runs and episodes.
 
     Runs: their mean is drawn from Student's t with the arms' pooled spread. Three runs drawn with
-    replacement would show two thirds of that spread and never more than its extremes.
+    replacement would show two thirds of that spread.
     Episodes: redrawn with all their splits, runs and arms at once, so what is hard for every run
     cancels in a difference. Each run's own luck with an episode is in the spread of the runs too,
     so the draws are shrunk to what the runs have in common. One run per arm: episodes alone.
@@ -512,27 +506,27 @@ episodes would show it. `-`: no number of episodes makes up for so few seeds.
 
 {table}
 
-Assumes: a success rate near {rate:g} %, the worst case; the 95 % interval of --compare is to be
-clear of zero in {power:g} % of such studies; both arms have as many seeds and play the same
+Assumes: a success rate near 50 %, the worst case; the 95 % interval of --compare is to be
+clear of zero in 80 % of such studies; both arms have as many seeds and play the same
 episodes; luck with an episode is independent between arms, seeds and splits."""
 
 
-def plan_table(points: float, rate: float = 0.5, power: float = 0.8) -> str:
+def plan_table(points: float) -> str:
     """Seeds and episodes that show a difference, by the formula that `bootstrap` comes down to."""
     spreads = (0, 2, 4, 8)
     table = [["seeds per arm", *(f"{spread} points" for spread in spreads)]]
     average = sum(weight**2 for weight in ood_weights(list(SPLITS)).values())
     for seeds in (2, 3, 4, 5, 8, 12, 16):
         draws = np.random.default_rng(0).standard_t(2 * seeds - 2, 1_000_000)
-        reach = np.quantile(draws, [0.975, power]).sum()
+        reach = np.quantile(draws, [0.975, 0.8]).sum()
         cells = []
         for spread in spreads:
             # (points / reach)^2 = 2 / seeds * (spread^2 + luck / episodes)
             left = (points / 100 / reach) ** 2 * seeds / 2 - (spread / 100) ** 2
-            luck = [share * rate * (1 - rate) for share in (1, average)] if left > 0 else []
+            luck = [0.25, average * 0.25] if left > 0 else []  # p (1 - p) at 50 %
             cells.append(" / ".join(str(math.ceil(each / left)) for each in luck) or "-")
         table.append([str(seeds), *cells])
-    return PLAN.format(points=points, table=markdown(table), rate=100 * rate, power=100 * power)
+    return PLAN.format(points=points, table=markdown(table))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -595,21 +589,18 @@ def check_args(args: Args):
         raise Fault("there is nothing to evaluate: pass --checkpoint DIR, or --compare A B")
     for split in args.splits:
         parse_split(split)
-    in_pairs = args.ablate.startswith("other-") and min(args.num_envs, args.num_episodes) < 2
-    for wrong, sentence in (
-        (len(set(args.splits)) < max(1, len(args.splits)),
-         "--splits needs at least one split and none twice"),
-        (len(set(args.seeds)) < max(1, len(args.seeds)),
-         "--seeds needs at least one seed and none twice"),
-        (args.num_envs < 1, "--num-envs must be at least 1"),
-        (args.num_episodes < 1, "--num-episodes must be at least 1"),
-        (in_pairs, f"--ablate {args.ablate} needs at least 2 --num-envs and 2 --num-episodes"),
-        (not 0 <= args.temperature < math.inf,
-         "--temperature must be 0 (argmax) or a positive number"),
-        (args.video < 0, "--video must be 0 or the number of videos per split"),
-    ):  # fmt: skip
-        if wrong:
-            raise Fault(sentence)
+    for name, values in (("split", args.splits), ("seed", args.seeds)):
+        if not values or len(set(values)) < len(values):
+            raise Fault(f"--{name}s needs at least one {name} and none twice")
+    for flag, number in (("num-envs", args.num_envs), ("num-episodes", args.num_episodes)):
+        if number < 1:
+            raise Fault(f"--{flag} must be at least 1")
+    if args.ablate.startswith("other-") and min(args.num_envs, args.num_episodes) < 2:
+        raise Fault(f"--ablate {args.ablate} needs at least 2 --num-envs and 2 --num-episodes")
+    if not 0 <= args.temperature < math.inf:
+        raise Fault("--temperature must be 0 (argmax) or a positive number")
+    if args.video < 0:
+        raise Fault("--video must be 0 or the number of videos per split")
     for seed in args.seeds:
         episode_ids("eval", seed, 0, args.num_episodes)  # are there so many?
 
@@ -647,14 +638,10 @@ def output_directory(args: Args, checkpoint: str) -> Path:
     local = Path(checkpoint)
     if not local.is_dir():  # on the Hub
         local = Path("runs", checkpoint.replace("/", "_"))
-    out = Path(args.out or local / ("eval" if args.ablate == "none" else f"eval-{args.ablate}"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f"probe{os.getpid()}"  # of this rank
-        write_text(probe, "")
-        os.remove(probe)
-    except OSError as error:
-        raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
+    out = Path(args.out or local / f"eval-{args.ablate}".removesuffix("-none"))
+    with runtime.writing_to(out):
+        out.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     return out
 
 
@@ -683,7 +670,7 @@ def main(args: Args):
         if len(args.compare) < 2:
             raise Fault("--compare needs at least two arms, each RUN or NAME=RUN,RUN,...")
         arms = read_arms(args.compare)
-        outcomes = align({name: [read_records(r) for r in runs] for name, runs in arms.items()})
+        outcomes = read_aligned(arms)
         for name, runs in arms.items():
             print(f"{name}: {', '.join(runs)}")
         several = max(map(len, arms.values())) > 1
@@ -696,28 +683,18 @@ def main(args: Args):
     sim = choose_sim(args.sim)
     checkpoint, saved = find_checkpoint(args)
     out = output_directory(args, checkpoint)
-    device = "cpu"
-    if args.cuda and torch.cuda.is_available():
-        device = f"cuda:{runtime.LOCAL_RANK}"
     runtime.join_ranks("gloo")
     rank, world = runtime.RANK, runtime.WORLD
-    settings = vars(args.policy)
+    settings = vars(args.policy) | {"device": runtime.own_device(args.cuda)}
     if settings["dtype"] == "auto":
-        settings = {**settings, "dtype": saved["dtype"]}
-    policy = load_policy(saved["backbone"], checkpoint, device=device, **settings)
+        settings["dtype"] = saved["dtype"]
+    policy = load_policy(saved["backbone"], checkpoint, **settings)
     num_envs = min(args.num_envs, args.num_episodes)
     assets = args.assets or saved["assets"]
-    workers = runtime.own_cores()
+    pictures = {"image_size": policy.image_size, "resize": policy.resize}
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
-        make_envs(
-            num_envs,
-            assets,
-            sim=sim,
-            num_workers=workers,
-            image_size=policy.image_size,
-            resize=policy.resize,
-        ) as envs,
+        make_envs(num_envs, assets, sim=sim, num_workers=runtime.own_cores(), **pictures) as envs,
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):
         protocol = {
@@ -739,21 +716,9 @@ def main(args: Args):
                 for seed in args.seeds:
                     ids = episode_ids("eval", seed, 0, args.num_episodes)
                     videos = args.video if seed == args.seeds[0] else 0
+                    how = (args.temperature, seed, args.ablate, out / "videos", videos, bar)
                     parts = [None] * world
-                    parts[rank] = play_episodes(
-                        policy,
-                        envs,
-                        split,
-                        ids,
-                        args.temperature,
-                        seed,
-                        args.ablate,
-                        bar=bar,
-                        video_dir=out / "videos",
-                        num_videos=videos,
-                        rank=rank,
-                        world=world,
-                    )
+                    parts[rank] = play_episodes(policy, envs, split, ids, *how)
                     runtime.collective(dist.all_gather_object, parts, parts[rank])
                     played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
                     records += [record | protocol for record in played]
@@ -763,8 +728,9 @@ def main(args: Args):
                     if rank == 0:
                         table = write_results(out, kept + records)
         except KeyboardInterrupt:
-            saved_so_far = f"{len(records)} finished episodes were saved in {out}"
-            raise Fault(f"interrupted: {saved_so_far}") from None
+            raise Fault(
+                f"interrupted: {len(records)} finished episodes were saved in {out}"
+            ) from None
     if rank == 0:
         print(f"{table}\nEpisodes: {out / 'episodes.jsonl'}")
         if args.ablate != "none":

@@ -5,17 +5,15 @@
     python policies.py merge ADAPTER_DIR OUT    # folds a LoRA checkpoint into its base model
 
 Two heads: TokenPolicy (OpenVLA: an action is 7 tokens, each one of 256 bins) and FlowPolicy (pi0,
-pi0.5: a chunk of actions is denoised, and Flow-SDE gives it a likelihood). The networks below them
-are in backbones/.
+pi0.5: a chunk of actions is denoised, and Flow-SDE gives it a likelihood). The networks are in
+backbones/.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,11 +26,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tyro.conf import Positional
 
-from backbones.files import download, find_model, load_weights, open_tensors, save_config
+from backbones.files import WEIGHTS, download, find_model, load_weights, open_tensors, save_config
 from backbones.lora import load_adapter
-from backbones.openvla import OPENVLA_TINY, KVCache, OpenVLANetwork
+from backbones.openvla import KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
-from backbones.statistics import check_columns, columns, read_norm_stats
+from backbones.statistics import columns, read_norm_stats
 from backbones.tokenizers import read_tokenizer
 from runtime import Fault, check_ranges, command_line
 
@@ -87,7 +85,7 @@ class Policy(Protocol):
         """Of 8 fixed inputs: two policies that agree on them are the same."""
 
     def save(self, directory, dtype=None):
-        """Write a checkpoint that load_policy reads."""
+        """Write a checkpoint that load_policy reads, its weights as dtype."""
 
     # for sft.py
     def tokenize(self, instructions, prompt=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,12 +109,11 @@ class Policy(Protocol):
 
 def act(policy: Policy, obs, instructions, size: int) -> Decision:
     """policy.act for at most `size` observations at a time: all of them may not fit into memory."""
-    return join_decisions(
-        [
-            policy.act({k: v[i : i + size] for k, v in obs.items()}, instructions[i : i + size])
-            for i in range(0, len(instructions), size)
-        ]
-    )
+    parts = []
+    for i in range(0, len(instructions), size):
+        rows = slice(i, i + size)
+        parts.append(policy.act({k: v[rows] for k, v in obs.items()}, instructions[rows]))
+    return join_decisions(parts)
 
 
 def join_decisions(parts: list[Decision]) -> Decision:
@@ -163,47 +160,44 @@ class TokenPolicy(OpenVLANetwork):
 
     # -------------------------------------------------------------------- the distribution
     def logits(self, hidden):
-        """(..., H) -> float32 logits (..., bins) of the action tokens. Rollout, update and both
-        views get them here."""
-        head, columns = self.language_model.lm_head, slice(self.action_begin, self.action_end)
+        """(..., H) -> logits (..., bins) float32. Rollout, update and both views get them here."""
+        head, rows = self.language_model.lm_head, slice(self.action_begin, self.action_end)
         hidden = hidden.float()
-        logits = F.linear(hidden, head.weight[columns].float())
-        if isinstance(head, LoraLayer):  # only B's rows that we need; peft would compute all words
+        logits = F.linear(hidden, head.weight[rows].float())
+        if isinstance(head, LoraLayer):  # peft would compute all words
             a = head.lora_A["default"].weight.float()
-            b = head.lora_B["default"].weight[columns].float()
+            b = head.lora_B["default"].weight[rows].float()
             logits = logits + head.scaling["default"] * F.linear(F.linear(hidden, a), b)
         return logits
 
     def forward(self, pixel_values, input_ids, attention_mask, action_tokens):
-        """Teacher-forced logits (B, 7, bins) and value (B,): token i is predicted from the position
-        of token i - 1."""
-        x = self.embed(pixel_values, input_ids)
-        mask, positions = self.attention_layout(attention_mask, x.shape[1] - input_ids.shape[1])
-        x = torch.cat([x, self.language_model.model.embed_tokens(action_tokens[:, :6])], 1)
+        """Teacher forcing -> logits (B, 7, bins), value (B,): token i is predicted where token
+        i - 1 is."""
+        mask, positions = self.attention_layout(attention_mask)
+        actions = self.language_model.model.embed_tokens(action_tokens[:, :6])
+        x = torch.cat([self.embed(pixel_values, input_ids), actions], 1)
         hidden = self.llama(x, mask, positions)[:, -7:]
         before = hidden[:, 0].detach() if self.detach_value else hidden[:, 0]
         return self.logits(hidden), self.value(before)
 
     def action_logits(self, pixel_values, input_ids, attention_mask, action_tokens):
-        """Teacher-forced logits (B, 7, bins) float32 of the action tokens, in the order of their
-        ids."""
+        """Teacher forcing -> logits (B, 7, bins) float32 in the order of the ids."""
         return self(pixel_values, input_ids, attention_mask, action_tokens)[0]
 
     def fixed_outputs(self):
-        draw = partial(torch.randint, generator=torch.Generator().manual_seed(0))
-        rgb = draw(256, (8, self.image_size, self.image_size, 3), dtype=torch.uint8)
-        tokens = draw(self.action_begin, self.action_end, (8, 7)).to(self.device)
-        prompt = torch.tensor([[1, 3, 5]] * 8, device=self.device)  # any ids do
+        generator, size = torch.Generator().manual_seed(0), (8, self.image_size, self.image_size, 3)
+        rgb = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+        tokens = torch.randint(self.action_begin, self.action_end, (8, 7), generator=generator)
+        tokens, prompt = tokens.to(self.device), torch.tensor([[1, 3, 5]] * 8, device=self.device)
         return self.action_logits(self.preprocess(rgb), prompt, torch.ones_like(prompt), tokens)
 
     @torch.no_grad()
     def decode(self, pixel_values, input_ids, attention_mask, temperature=0.0):
-        """-> tokens (B, 7), logprob (B,), value (B,). Prefill once, then one position per token; 0
-        is argmax."""
-        # With adapters as they are. Merged they would cost fewer kernel launches, which bound a GPU
-        # that has few environments, but in bfloat16 they are another distribution than the update's
+        """-> tokens (B, 7), logprob (B,), value (B,). temperature 0 is argmax."""
+        # Adapters are not merged, which would be faster: in bfloat16 the distribution would not be
+        # the update's
         x = self.embed(pixel_values, input_ids)
-        mask, positions = self.attention_layout(attention_mask, x.shape[1] - input_ids.shape[1])
+        mask, positions = self.attention_layout(attention_mask)
         cache = KVCache(self.language_model.config, len(x), positions.shape[1], x)
         tokens, logprob, value = [], 0.0, None
         for i in range(7):
@@ -222,16 +216,17 @@ class TokenPolicy(OpenVLANetwork):
         return torch.cat(tokens, 1), logprob, value
 
     # -------------------------------------------------------------------- token <-> action
-    def use_norm_stats(self, key):
+    def use_norm_stats(self, key, file="norm_stats"):
         """Choose the data set whose percentiles scale the actions."""
-        self.unnorm_key, names = key, ("q01", "q99")
-        stats, where = self.config["norm_stats"][key], f"{self.stats_file}, {key}"
-        self.q01, self.q99 = columns(stats, where, "action", names)
-        check_columns(where, "action", names, (self.q01, self.q99))
+        self.unnorm_key, stats, where = key, self.config["norm_stats"][key], f"{file}, {key}"
+        self.q01, self.q99 = columns(stats, where, "action", ("q01", "q99"))
         # False: the gripper, which stays as decoded. OpenVLA's own code takes no mask for all True
         mask = stats["action"].get("mask") or [True] * 7
-        if len(self.q01) != 7:
-            raise Fault(f"{where}: {len(self.q01)} dimensions of action, not 7: another robot's?")
+        lengths = [len(self.q01), len(self.q99)]
+        if lengths[0] != lengths[1]:
+            raise Fault(f"{where}: q01 and q99 of action have {lengths} dimensions")
+        if lengths[0] != 7:
+            raise Fault(f"{where}: {lengths[0]} dimensions of action, not 7: another robot's?")
         if not isinstance(mask, list) or len(mask) != 7 or set(mask) - {True, False}:
             raise Fault(f"{where}: mask of action is {mask!r}, not 7 times true or false")
         self.is_scaled = torch.tensor(mask, dtype=torch.bool)
@@ -239,8 +234,7 @@ class TokenPolicy(OpenVLANetwork):
         self.bin_centers = (self.bin_edges[1:] + self.bin_edges[:-1]) / 2  # one fewer than tokens
 
     def env_action(self, tokens):
-        """(B, 7) ids -> (B, 7) float64: metres and radians by the 1st/99th percentile of the data,
-        gripper -1/+1."""
+        """(B, 7) ids -> (B, 7) float64: metres, radians, gripper -1/+1."""
         bins = (self.action_end - 1 - tokens.cpu()).clamp(0, len(self.bin_centers) - 1)
         unit = self.bin_centers[bins]
         scaled = 0.5 * (unit + 1) * (self.q99 - self.q01) + self.q01
@@ -256,25 +250,19 @@ class TokenPolicy(OpenVLANetwork):
         return (self.action_end - bins).to(self.device)
 
     def to_unit(self, actions):
-        """(..., 7) env units -> (..., 7) float64 on the scale of the bins, [-1, 1]."""
         actions = actions.double().cpu()
         unit = 2 * (actions - self.q01) / (self.q99 - self.q01 + 1e-8) - 1
         return torch.where(self.is_scaled, unit, torch.where(actions > 0, self.q99, self.q01))
 
-    def action_tokens(self, actions):
-        """(B, 7) env units -> (B, 7) ids: the labels of behaviour cloning."""
-        return self.bin_tokens(self.to_unit(actions))
-
     def sft_loss(self, obs, instructions, unit, prompt=None, sigma=None, jitter=None):
-        """Behaviour cloning of unit (B, 1, 7) -> scalar: cross-entropy, the target smoothed over
-        `sigma` bins, a number or one for each of the 7 dimensions (0: not at all).
+        """Cross-entropy of unit (B, 1, 7) -> scalar, the target smoothed over `sigma` bins, a
+        number or one for each of the 7 dimensions (0: not at all).
 
-        The model reads its own earlier tokens; in the data they are always the oracle's. `jitter`
-        moves the ones it reads by a few bins, and one in ten anywhere, so that a sampled token
-        later finds an embedding that has been trained. Both default to the config's; with another
-        prompt the answer is no action, so that its dimensions have one sigma.
+        `jitter` moves the earlier tokens that the model reads by a few bins, and one in ten
+        anywhere, since its own will not be the oracle's. Both default to the config's. The answer
+        to another prompt is no action, so that its dimensions have one sigma.
         """
-        own = self.config.get("_cloning", OPENVLA_TINY["_cloning"])
+        own = self.config["_cloning"]
         jitter = own["jitter"] if jitter is None else jitter
         sigma = own["answer_sigma" if prompt else "sigma"] if sigma is None else sigma
         sigma = torch.as_tensor(sigma, device=self.device).clamp(min=1e-3)[..., None]
@@ -294,10 +282,9 @@ class TokenPolicy(OpenVLANetwork):
     # -------------------------------------------------------------------- act, evaluate, compare
     @torch.no_grad()
     def act(self, obs, instructions, temperature=None):
-        """Samples tokens at `temperature` (None: 1; 0: the most likely ones)."""
         temperature = 1.0 if temperature is None else temperature
-        pixels, prompt = self.preprocess(obs["rgb"]), self.tokenize(instructions)
-        tokens, logprob, value = self.decode(pixels, *prompt, temperature)
+        inputs = self.preprocess(obs["rgb"]), *self.tokenize(instructions)
+        tokens, logprob, value = self.decode(*inputs, temperature)
         actions = self.env_action(tokens).float()[:, None]  # (B, 1, 7)
         return Decision(actions, {"tokens": tokens}, logprob, value)
 
@@ -305,8 +292,7 @@ class TokenPolicy(OpenVLANetwork):
         tokens = latent["tokens"]
         logits, value = self(self.preprocess(obs["rgb"]), *self.tokenize(instructions), tokens)
         logp = logits.log_softmax(-1)  # (B, 7, bins)
-        chosen = logp.gather(-1, (tokens - self.action_begin)[..., None]).squeeze(-1)
-        logprob = chosen.sum(1)  # (B, 7) -> (B,)
+        logprob = logp.gather(-1, (tokens - self.action_begin)[..., None]).sum((1, 2))  # (B,)
         entropy = -(logp.exp() * logp).sum(-1).mean(1)  # (B, 7) -> (B,)
         return Evaluation(logits, logprob, entropy, value)
 
@@ -321,8 +307,7 @@ class TokenPolicy(OpenVLANetwork):
 
 # -------------------------------------------------------------------------------- the Flow-SDE head
 class FlowPolicy(Pi0Network):
-    """A chunk of actions is noise (t = 1) that N denoise steps turn into actions (t = 0): Flow-SDE
-    (pi_RL, RLinf).
+    """N denoise steps turn noise (t = 1) into a chunk of actions (t = 0): Flow-SDE (pi_RL, RLinf).
 
     latent: x (B, m + 1, H, D), the places x_k ... x_{k+m} that m stochastic steps led through, and
     k (B,) long, the first of them; m is 1 or all N. dist: (B, 2, m, chunk, 7) mean and std of each
@@ -330,14 +315,13 @@ class FlowPolicy(Pi0Network):
     """
 
     def transition(self, x, v, k, num_steps):
-        """Mean and std, both of the shape of x (B, H, D), of x_{k+1} given x_k = x and the velocity
-        there.
+        """Mean and std (B, H, D) of x_{k+1} given x_k = x and the velocity v there.
 
-        k: the denoise step, 0 ... num_steps - 1, a number or (B,). Time falls from t_0 = 1 to t_N =
-        0. The drift that is added to the ODE's balances the noise, so that the marginals stay
+        k: the denoise step, 0 ... num_steps - 1, a number or (B,). Time falls from t_0 = 1 to
+        t_N = 0. The drift that is added to the ODE's balances the noise, so that the marginals stay
         (pi_RL, Flow-SDE; RLinf's schedule):
-            mean = x - v/N - sigma^2/(2 t N) (x + (1 - t) v),  std = sigma / sqrt(N),  sigma^2 = a^2
-            t / (1 - t),
+            mean = x - v/N - sigma^2/(2 t N) (x + (1 - t) v)
+            std = sigma / sqrt(N),  sigma^2 = a^2 t / (1 - t)
         with 1 - t_1 for 1 - t in sigma at k = 0, where it would be infinite.
         """
         k = torch.as_tensor(k, device=x.device).expand(len(x))[:, None, None]
@@ -347,8 +331,7 @@ class FlowPolicy(Pi0Network):
         return mean, (sigma2 / num_steps).sqrt().expand_as(x)
 
     def ode(self, prefix, state, noise, num_steps):
-        """x_1 = noise (B, H, D) -> actions (B, H, D), normalised: Euler steps of the flow, no noise
-        on the way."""
+        """Euler steps of the flow from noise (B, H, D) -> actions (B, H, D), normalised."""
         x, t = noise, torch.tensor(1.0)
         for _ in range(num_steps):
             x = x - self.velocity(prefix, state, x, t) / num_steps
@@ -356,8 +339,8 @@ class FlowPolicy(Pi0Network):
         return x
 
     def sde(self, prefix, state, noise, stochastic):
-        """The chain x_0 ... x_N (B, N + 1, H, D). stochastic (B, N) bool: which steps are drawn;
-        the others are ODE."""
+        """The chain x_0 ... x_N (B, N + 1, H, D). stochastic (B, N) bool: which steps are drawn and
+        not the ODE's."""
         chain = [noise]
         for k in range(self.num_steps):
             v = self.velocity(prefix, state, chain[-1], 1 - k / self.num_steps)
@@ -369,20 +352,18 @@ class FlowPolicy(Pi0Network):
 
     def distribution(self, prefix, state, latent):
         """-> dist, value (B,). Rollout, update and both views get them here."""
-        chain, k = latent["x"], latent["k"]
-        chunk, dims = self.chunk, self.config["action_env_dim"]
-        means, stds, values = [], [], []
-        for i in range(chain.shape[1] - 1):
-            x = chain[:, i]
-            hidden = self.expert(prefix, state, x, 1 - (k + i) / self.num_steps)
-            mean, std = self.transition(x, self.action_out_proj(hidden), k + i, self.num_steps)
-            means.append(mean[:, :chunk, :dims])
-            stds.append(std[:, :chunk, :dims])
+        dists, values = [], []
+        for i, x in enumerate(latent["x"][:, :-1].unbind(1)):
+            k = latent["k"] + i
+            hidden = self.expert(prefix, state, x, 1 - k / self.num_steps)
+            mean_std = self.transition(x, self.action_out_proj(hidden), k, self.num_steps)
+            dists.append(torch.stack(mean_std, 1))
             # DEVIATION: pi0's V at the stochastic step, also in the rollout, where RLinf takes the
             # mean over all steps.
             values.append(None if self.pi05 else self.value(hidden.mean(1)))
         value = self.prefix_value(prefix) if self.pi05 else torch.stack(values).mean(0)
-        return torch.stack([torch.stack(means, 1), torch.stack(stds, 1)], 1), value
+        dist = torch.stack(dists, 2)  # (B, 2, m, H, D)
+        return dist[..., : self.chunk, : self.config["action_env_dim"]], value
 
     def fixed_outputs(self):
         generator, size = torch.Generator().manual_seed(0), self.image_size
@@ -404,24 +385,23 @@ class FlowPolicy(Pi0Network):
         return actions.float().to(x.device)
 
     def to_unit(self, actions):
-        """(..., 7) env units -> (..., 7) float64 on the model's scale."""
         return self.normalize("actions", actions)[..., : actions.shape[-1]]
 
     def flow_loss(self, prefix, state, actions, noise, t):
-        """Squared error (B, H, D) of flow matching, padded dimensions too (openpi): v(x_t, t)
-        should be noise - actions.
+        """Flow matching (openpi), padded dimensions too: the squared error (B, H, D) of v(x_t, t)
+        against noise - actions, at x_t = t noise + (1 - t) actions.
 
-        actions, noise (B, H, D) normalised, t (B,): x_t = t noise + (1 - t) actions.
+        actions, noise (B, H, D) normalised, t (B,).
         """
         x = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         return (self.velocity(prefix, state, x, t) - (noise - actions)) ** 2
 
     def sft_loss(self, obs, instructions, unit, prompt=None, draws=4, **smoothing):
-        """Flow matching (openpi) of unit (B, n, 7) -> scalar. A chunk shorter than H is filled up
-        with its last row.
+        """Flow matching of unit (B, n, 7) -> scalar. A chunk shorter than H is filled up with its
+        last row. smoothing: what only a token policy needs.
 
-        t = 0.999 Beta(1.5, 1) + 0.001: more often near noise. `draws` noises per observation share
-        its prefix, which is nearly all of the work. smoothing: what only a token policy needs.
+        t = 0.999 Beta(1.5, 1) + 0.001 (openpi). `draws` noises per observation share its prefix,
+        which is nearly all of the work.
         """
         prefix, state = self.observe(obs, instructions, prompt)
         unit = torch.cat([unit, unit[:, -1:].expand(-1, self.horizon - unit.shape[1], -1)], 1)
@@ -436,8 +416,7 @@ class FlowPolicy(Pi0Network):
     # -------------------------------------------------------------------- act, evaluate, compare
     @torch.no_grad()
     def act(self, obs, instructions, temperature=None):
-        """To train (no temperature): one random step k of each sample is stochastic, or all of
-        them.
+        """To train: one random step k of each sample is stochastic, or all of them.
 
         To evaluate: the ODE from Gaussian noise, from none at temperature 0; it has no log-prob.
         """
@@ -451,17 +430,15 @@ class FlowPolicy(Pi0Network):
         # sees few of them.
         m = n if self.config["sde_steps"] == "all" else 1
         k = torch.randint(n - m + 1, (b,), device=self.device)
+        after = torch.arange(n, device=self.device) - k[:, None]  # (B, N) steps after k
+        chain = self.sde(prefix, state, noise, (after >= 0) & (after < m))
         visited = k[:, None] + torch.arange(m + 1, device=self.device)  # (B, m + 1) of the chain
-        stochastic = torch.zeros(b, n + 1, dtype=torch.bool, device=self.device)
-        stochastic = stochastic.scatter(1, visited[:, :-1], True)[:, :n]
-        chain = self.sde(prefix, state, noise, stochastic)
         latent = {"x": chain[torch.arange(b, device=self.device)[:, None], visited], "k": k}
         dist, value = self.distribution(prefix, state, latent)
         return Decision(self.env_action(chain[:, -1]), latent, self.logprob(dist, latent), value)
 
     def logprob(self, dist, latent):
-        """Log density (B,) float32 of the transitions in `latent`, SUMMED over them, executed steps
-        and 7 dimensions."""
+        """Of the transitions in `latent` (B,), SUMMED over them, executed steps and dimensions."""
         # DEVIATION: one ratio per chunk for pi0, too. RLinf clips 35 ratios of pi0 one by one
         # ("token_level"); for pi0.5, which is the paper's model, it has one as well.
         after = latent["x"][:, 1:, : self.chunk, : self.config["action_env_dim"]]
@@ -475,10 +452,8 @@ class FlowPolicy(Pi0Network):
         return Evaluation(dist, self.logprob(dist, latent), entropy.mean((1, 2, 3)), value)
 
     def kl(self, p, q):
-        """MEAN over transitions, executed steps and dimensions -> (B,).
-
-        Both have the same std, so it is (mean - mean')^2 / (2 std^2) per element.
-        """
+        """MEAN over transitions, executed steps and dimensions -> (B,). Both have the same std, so
+        that it is (mean - mean')^2 / (2 std^2) per element."""
         # OPEN: a mean, as for tokens. Summed over 35 elements it would be at the paper's clip 0.08
         # almost always.
         return (((p[:, 0] - q[:, 0]) / p[:, 1]) ** 2 / 2).mean((1, 2, 3))
@@ -513,7 +488,7 @@ class PolicyArgs:
     """The policy's flags, named as load_policy's keywords: load_policy(..., **vars(args))."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the backbone's weights; auto: bfloat16 on a GPU, float32 on a CPU or of a tiny backbone"""
+    """of the backbone's weights; auto: bfloat16 for a big one on a GPU, else float32"""
     unnorm_key: str | None = None
     """whose action statistics to use, a key of the checkpoint's norm_stats (default: the one it was
     trained with)"""
@@ -544,7 +519,7 @@ class PolicyArgs:
     all of them"""
 
 
-RANGES = {  # of the flags that are numbers; None is always allowed
+RANGES = {  # of the numbers, where they are given
     "at least 1": "lora_alpha horizon replan denoise_steps",
     "0 or more": "lora_rank",
     "above 0": "noise_level",
@@ -552,54 +527,49 @@ RANGES = {  # of the flags that are numbers; None is always allowed
 
 
 def target_names(lora_targets):
-    """Layers by name from several words or comma lists; None and all-linear: None, the network's
-    own list."""
-    names = [name.strip() for word in lora_targets or () for name in word.split(",")]
-    names = [name for name in names if name]
+    """Layers by name from several words or comma lists; None, the network's own, for all-linear."""
+    words = ",".join(lora_targets or ()).replace(" ", "").split(",")
+    names = [word for word in words if word]
     return None if names == ["all-linear"] else names or None
 
 
 def default_checkpoint(backbone: str) -> str:
     """The warm start that this repository ships, or the official one on the Hub."""
+    if backbone in DEFAULT_CHECKPOINT:
+        return DEFAULT_CHECKPOINT[backbone]
     shipped = Path(__file__).parent / "warmstart" / backbone
-    if backbone not in DEFAULT_CHECKPOINT and not shipped.is_dir():
+    if not shipped.is_dir():
         raise Fault(
             f"there is no {shipped}: `python sft.py --backbone {backbone} --out {shipped}` makes it"
         )
-    return DEFAULT_CHECKPOINT.get(backbone) or str(shipped)
+    return str(shipped)
 
 
 # ------------------------------------------------------------------------------------------ loading
 def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **flags):
-    """A policy ready to act. flags: fields of PolicyArgs.
+    """A policy ready to act. flags: fields of PolicyArgs; an adapter brings its own rank, alpha and
+    targets, and a flag that says otherwise is an error.
 
-    checkpoint: a directory (full model, or a PEFT adapter), or a Hub repository
-    OWNER/NAME[@REVISION]; None is a small backbone with fresh random weights, or the big one's
-    default checkpoint. An adapter brings rank, alpha and targets of its own; a flag that says
-    otherwise is an error. training: refuse what can act but not be trained.
+    checkpoint: a directory (full model, or a PEFT adapter), or OWNER/NAME[@REVISION] on the Hub.
+    None: random weights for a small backbone, the default checkpoint for a big one.
+    training: refuse what can act but not be trained.
     """
     if backbone not in class_of:
         raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
-    policy_class, fields = (
-        class_of[backbone],
-        [field.name for field in dataclasses.fields(PolicyArgs)],
-    )
+    policy_class = class_of[backbone]
     small = backbone in policy_class.small_configs
-    used = [
-        name for name in fields if name not in FlowPolicy.settings or name in policy_class.settings
-    ]
+    foreign = FlowPolicy.settings.keys() - policy_class.settings.keys()
+    known = vars(PolicyArgs()).keys() - foreign
     for name, value in flags.items():
-        if name not in fields or (name not in used and value is not None):
+        if name not in known and value is not None:
             flag = name.replace("_", "-")
             raise Fault(f"--{flag} is no setting of the backbone {backbone}; leave it out")
     args = PolicyArgs(**flags)
     check_ranges(args, RANGES)
     targets = target_names(args.lora_targets)
-    dtype = args.dtype or "auto"
-    if not isinstance(dtype, torch.dtype):
-        if dtype not in DTYPES:
-            raise Fault(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    dtype = DTYPES.get(args.dtype, args.dtype)
+    if dtype not in DTYPES.values():
+        raise Fault(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
     if dtype is None:
         exact = small or torch.device(device).type == "cpu"
         dtype = torch.float32 if exact else torch.bfloat16
@@ -621,9 +591,9 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
         )
 
     if commit and policy_class.config_needs_weights:
-        download(name, commit, ["model*.safetensors"])
-    settings = {name: getattr(args, name) for name in policy_class.settings}
-    settings = {name: value for name, value in settings.items() if value is not None}
+        download(name, commit, WEIGHTS)
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    settings = {key: given[key] for key in given.keys() & policy_class.settings.keys()}
     config = policy_class.read_config(backbone, directory, adapter, settings)
     stats, key, file = read_norm_stats(config, directory, adapter, args.unnorm_key)
     config["norm_stats"] = stats
@@ -633,14 +603,13 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
         policy_class.tokenizer_class, args.tokenizer, config, [adapter, directory]
     )
     if commit:
-        download(name, commit, ["model*.safetensors"])
+        download(name, commit, WEIGHTS)
     policy = load_weights(policy_class, config, directory, dtype, device)
     policy.name, policy.commit, policy.directory = name, commit, directory
     policy.tokenizer, policy.tokenizer_file = tokenizer, tokenizer_file
     policy.gradient_checkpointing = args.gradient_checkpointing
     if key is not None:
-        policy.stats_file = file
-        policy.use_norm_stats(key)
+        policy.use_norm_stats(key, file)
     if adapter:
         load_adapter(policy, adapter, args.lora_rank, args.lora_alpha, targets)
     elif args.lora_rank:
@@ -659,11 +628,7 @@ def merge(
     device: str = "cpu",
 ):
     """Fold a LoRA checkpoint into its base model, write the official format to OUT, read it back
-    and compare.
-
-    In bfloat16 the merged weights are rounded, so the comparison can only be coarse; float32 makes
-    it exact.
-    """
+    and compare: exactly in float32, coarsely in bfloat16, which rounds the merged weights."""
     options = {"dtype": dtype, "device": device}
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
@@ -677,12 +642,11 @@ def merge(
     for module in policy.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-    state, value_head = {}, {}
-    for key, tensor in policy.state_dict().items():
-        if key.startswith("value_head."):
-            value_head[key.removeprefix("value_head.")] = tensor
-        elif ".lora_" not in key:
-            state[key.replace(".base_layer.", ".")] = tensor
+    state = {
+        key.replace(".base_layer.", "."): tensor
+        for key, tensor in policy.state_dict().items()
+        if ".lora_" not in key and not key.startswith("value_head.")
+    }
     for key, entry in open_tensors(policy.directory, "model").items():
         if policy.is_unused(policy.rename(key)):  # the official class wants them all the same
             state[policy.rename(key)] = entry[:].to(DTYPES[dtype])
@@ -690,15 +654,17 @@ def merge(
     save_torch_state_dict(
         state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB"
     )
-    save_file(value_head, out / "value_head.safetensors", {"format": "pt"})
+    save_file(policy.value_head.state_dict(), out / "value_head.safetensors", {"format": "pt"})
     save_config(policy, out)
     if policy.config["norm_stats"]:
         options["unnorm_key"] = policy.unnorm_key
     del policy, state, module  # two 7B models need not fit at once
     after = load_policy(backbone, out, **options).fixed_outputs()
     error = (after - before).abs()
-    size = f"{error.max():.2g} at most, {error.mean():.2g} on average"
-    print(f"{out}: {backbone}'s outputs differ by {size}; their std is {before.std():.2g}")
+    print(
+        f"{out}: {backbone}'s outputs differ by {error.max():.2g} at most, {error.mean():.2g} on "
+        f"average; their std is {before.std():.2g}"
+    )
     if error.mean() > (1e-4 if dtype == "float32" else 0.3) * before.std():
         raise Fault(f"{out} does not compute what {checkpoint} does; do not use it")
 

@@ -11,9 +11,9 @@ import hashlib
 import importlib.util
 import io
 import json
-import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -74,37 +74,39 @@ def check_ranges(args, *tables: dict[str, str]):
     """Raise a Fault for the first number outside its range. tables: {range: "flag flag ..."}."""
     values = flatten(args)
     for text, names in ((text, names) for table in tables for text, names in table.items()):
-        low, _, high = text.partition(" to ")
-        low = float(low.replace("above", "").replace("at least", "").replace("or more", ""))
+        low, *high = map(int, re.findall(r"\d+", text))
+        high = high[0] if high else sys.float_info.max
         for name in names.split():
             value = values[name]
             if value is None:
                 continue
-            inside = value > low if text.startswith("above") else value >= low
-            if not (inside and value <= float(high or "inf") and math.isfinite(value)):
-                raise Fault(f"--{name.replace('_', '-')} is {value}: it must be {text}")
+            enough = value > low if text.startswith("above") else value >= low
+            if not (enough and value <= high):
+                raise Fault(f"{flag_of(name)} is {value}: it must be {text}")
 
 
-def parse(cls, preset, may_change=(), replaced=(), command=None):
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(cls, preset, may_change, replaced: dict[str, str], command=None):
     """The command line -> cls. --backbone chooses the defaults, --resume brings the run's own.
 
     replaced: {flag that is gone: sentence}. Raises a Fault where a flag contradicts the run.
     """
-    command = list(sys.argv[1:] if command is None else command)
-    command = [
-        word for text in command for word in (text.split("=", 1) if text[:2] == "--" else [text])
-    ]
-    for flag in command:
-        if flag.replace("_", "-") in replaced:
-            raise Fault(f"{flag} is gone: {replaced[flag.replace('_', '-')]}")
-    named = [after for word, after in zip(command, command[1:]) if word == "--backbone"]
-    defaults = preset(named[-1]) if named else preset()
-    switches = [
-        f"--{k.replace('_', '-')}" for k, v in flatten(defaults).items() if isinstance(v, bool)
-    ]
+    command, given = sys.argv[1:] if command is None else command, []
+    for text in command:
+        flag, *value = text.split("=", 1)
+        given += [flag.replace("_", "-"), *value] if text.startswith("--") else [text]
+    for flag in given:
+        if flag in replaced:
+            raise Fault(f"{flag} is gone: {replaced[flag]}")
+    named = [after for word, after in zip(given, given[1:]) if word == "--backbone"]
+    defaults = preset(*named[-1:])
+    switches = [flag_of(k) for k, v in flatten(defaults).items() if isinstance(v, bool)]
     words = []  # --flag True and --flag False are another spelling of --flag and --no-flag
-    for word in command:
-        if word.lower() in ("true", "false") and words and words[-1].replace("_", "-") in switches:
+    for word in given:
+        if word.lower() in ("true", "false") and words and words[-1] in switches:
             words[-1] = words[-1] if word.lower() == "true" else f"--no-{words[-1][2:]}"
         else:
             words.append(word)
@@ -114,10 +116,10 @@ def parse(cls, preset, may_change=(), replaced=(), command=None):
 
     args = cli(defaults)
     if args.resume == "auto":
-        runs = [args.run_dir] if args.run_dir else [str(path) for path in Path("runs").glob("*")]
-        runs = [run for run in runs if checkpoints(Path(run))]
-        newest = max(runs, key=lambda run: checkpoints(Path(run))[-1].stat().st_mtime, default=None)
-        args.resume = newest  # None: start
+        runs = [Path(args.run_dir)] if args.run_dir else Path("runs").glob("*")
+        found = [path for run in runs for path in checkpoints(run)[-1:]]
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        args.resume = newest and str(newest.parent)  # None: start
     if args.resume:
         run_dir = Path(args.resume)
         if run_dir.name.startswith("checkpoint-") or run_dir.name == "best":
@@ -131,24 +133,19 @@ def parse(cls, preset, may_change=(), replaced=(), command=None):
         saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
         args = cli(saved)
         args.resume = args.run_dir = saved.resume
+        asked = flatten(args)
         for name, value in flatten(saved).items():
-            asked = flatten(args)[name]
-            if asked != value and name not in may_change:
-                flag = f"--{name.replace('_', '-')}"
+            if asked[name] != value and name not in may_change:
                 raise Fault(
-                    f"{flag} {asked}: the run in {run_dir} has {value}; leave the flag out, "
-                    "or start another run"
+                    f"{flag_of(name)} {asked[name]}: the run in {run_dir} has {value}; leave the "
+                    "flag out, or start another run"
                 )
     return args
 
 
 # ------------------------------------------------------------------------------------------ ranks
-def from_torchrun(name: str, alone: int) -> int:
-    return int(os.environ.get(name, alone))
-
-
-RANK, WORLD = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
-LOCAL_RANK, LOCAL_WORLD = from_torchrun("LOCAL_RANK", 0), from_torchrun("LOCAL_WORLD_SIZE", 1)
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def join_ranks(backend: str):
@@ -200,7 +197,6 @@ def own_cores() -> int:
 
 
 def check_shares(args):
-    """Can the ranks share environments and minibatches equally?"""
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
         raise Fault(
             f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by "
@@ -238,10 +234,7 @@ EPISODE_RANGES = {
 
 
 def episode_ids(purpose: str, seed: int, first: int, count: int) -> range:
-    """Ids first ... first + count - 1. Ids of two purposes are never equal, for any seeds.
-
-    Raises: Fault where the purpose has fewer ids.
-    """
+    """Ids of two purposes are never equal, for any seeds. A Fault where a purpose has fewer."""
     start, per_seed, size = EPISODE_RANGES[purpose]
     if not 0 <= seed <= MAX_SEED:
         raise Fault(f"the seed {seed} is out of range: use 0 to {MAX_SEED}")
@@ -264,9 +257,19 @@ def train_ids(args, iteration: int, rounds: int):
 # ------------------------------------------------------------------------------------------ files
 def read_json(file: Path):
     try:
-        return json.loads(Path(file).read_text())
+        return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise Fault(f"{file} cannot be read ({error})") from None
+
+
+@contextmanager
+def writing_to(out: Path):
+    """Makes the folder of `out`. What cannot be written inside is a Fault that names `out`."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
 
 
 def write_text(path: Path, text: str):
@@ -277,25 +280,21 @@ def write_text(path: Path, text: str):
 
 
 @contextmanager
-def whole_directory(directory):
+def whole_directory(directory: Path):
     """A Path to write files into. They appear as `directory`, whole and on disk, or not at all.
 
     SHA256SUMS (for `sha256sum -c SHA256SUMS`) is added. What `directory` held before goes.
     """
-    directory = Path(directory)
-    temporary, old = (
-        directory.with_name(f"{directory.name}.{name}") for name in ("partial", "old.partial")
-    )
+    temporary = directory.with_name(directory.name + ".partial")
+    old = directory.with_name(directory.name + ".old.partial")
     try:
         for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        names = sorted(file.name for file in temporary.iterdir())
-        sums = "".join(f"{file_hash(temporary / name)}  {name}\n" for name in names)
-        (temporary / "SHA256SUMS").write_text(sums)
-        for path in (*(temporary / name for name in names), temporary / "SHA256SUMS", temporary):
+        sums = [f"{file_hash(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+        (temporary / "SHA256SUMS").write_text("".join(sums))
+        for path in (*temporary.iterdir(), temporary):
             sync(path)
         if directory.exists():
             os.replace(directory, old)
@@ -303,7 +302,7 @@ def whole_directory(directory):
         sync(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = f"{error}".replace("\n", " ")
+        reason = str(error).replace("\n", " ")
         raise Fault(
             f"{directory} could not be written ({reason}); nothing saved before is touched"
         ) from error
@@ -372,10 +371,7 @@ def make_run_dir(args):
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first."""
-    found = (
-        p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
-    )
-    return sorted(found)
+    return sorted(run_dir.glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
@@ -429,9 +425,8 @@ class RunState:
         self.iteration, self.success, self.unrelated_kl = 0, [], []
         self.best, self.sight = (-1.0, 0), None
         if resumed:
-            saved = torch.load(
-                resumed / "trainer.pt", map_location=policy.device, weights_only=True
-            )
+            file = resumed / "trainer.pt"
+            saved = torch.load(file, map_location=policy.device, weights_only=True)
             for name in self.NAMES:
                 setattr(self, name, saved[name])
             optimizer.load_state_dict(saved["optimizer"])
@@ -510,9 +505,8 @@ def sigterm_stops():
 def moments(x: torch.Tensor) -> tuple[float, float, int]:
     """Mean, standard deviation and number of the elements of x on all ranks, in float64."""
     x = x.double()
-    n, total, squares = all_reduce(
-        torch.stack([torch.ones_like(x).sum(), x.sum(), (x**2).sum()])
-    ).tolist()
+    sums = torch.stack([torch.ones_like(x).sum(), x.sum(), (x**2).sum()])
+    n, total, squares = all_reduce(sums).tolist()
     return total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5, int(n)
 
 
@@ -542,10 +536,9 @@ class Means:
 
     def add(self, stats: dict, groups: dict):
         """stats: {name: (B,)}. groups: {name: (B,) bool}: whose KLs are logged apart."""
-        kls = [name for name in ("inv_kl", "sen_kl") if name in stats]
-        stats = stats | {
-            f"{k}_{group}": stats[k][rows] for group, rows in groups.items() for k in kls
-        }
+        for group, rows in groups.items():
+            kls = {k: v for k, v in stats.items() if k in ("inv_kl", "sen_kl")}
+            stats = stats | {f"{k}_{group}": v[rows] for k, v in kls.items()}
         self.names = list(stats)
         counts = torch.tensor([float(len(v)) for v in stats.values()], device=stats["loss"].device)
         sums = torch.stack([v.detach().float().sum() for v in stats.values()])
@@ -580,14 +573,11 @@ MAX_RATIO_DEV, MAX_RATIO_DEV_BF16 = 0.01, 0.1  # bfloat16 rounds to 0.03 in 32 l
 def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_dir):
     """Before a step: is everything finite? Before the first: do both agree, is all taught?"""
     if not torch.isfinite(grad_norm + means.finite):  # every rank sees it: a sum with a nan is one
-        file, inds = (
-            Path(run_dir) / f"nonfinite_rank{RANK}.pt",
-            mb_inds.to(batch["logprobs"].device),
-        )
-        parts = {k: v[inds].cpu() for k, v in (batch["obs"] | batch["latents"]).items()}
-        torch.save(
-            dict(parts, instructions=[batch["instructions"][i] for i in mb_inds.tolist()]), file
-        )
+        file = Path(run_dir) / f"nonfinite_rank{RANK}.pt"
+        inds = mb_inds.to(batch["logprobs"].device)
+        minibatch = {k: v[inds].cpu() for k, v in (batch["obs"] | batch["latents"]).items()}
+        minibatch["instructions"] = [batch["instructions"][i] for i in mb_inds.tolist()]
+        torch.save(minibatch, file)
         raise Fault(
             "a loss, log-prob or gradient is not finite: stopped before the step, every "
             f"checkpoint is from before; the minibatch is in {file}"
@@ -620,20 +610,16 @@ def check_weights(policy):
 
 
 class Sight:
-    """Does the policy see? Fixed frames, asked before training and after every iteration.
+    """Does the policy see? A blind one acts without any error, and has the smallest L_inv.
 
-    A policy that is blind acts without any error. OpenVLA on newer transformers was, and a policy
-    that is blind has the smallest L_inv. Frames, instructions and latents stay the same over a run,
-    a resumed one among them, so the numbers of two iterations differ by the policy alone.
+    Frames, instructions and latents stay the same over a run, a resumed one among them, so the
+    numbers of two iterations differ by the policy alone.
     """
 
     @torch.no_grad()
     def __init__(self, policy, obs: dict, instructions: list[str], state: RunState, n=64):
-        device = policy.device
-        self.obs, self.instructions = (
-            {k: v[:n].to(device) for k, v in obs.items()},
-            instructions[:n],
-        )
+        self.obs = {k: v[:n].to(policy.device) for k, v in obs.items()}
+        self.instructions = instructions[:n]
         if state.sight is None:
             state.sight = policy.act(self.obs, self.instructions).latent
         self.latent = state.sight
@@ -707,10 +693,8 @@ class RunLog:
             )
         self.file = Path(args.run_dir) / "log.jsonl"
         lines = self.file.read_text().splitlines() if done else []
-        write_text(
-            self.file,
-            "".join(line + "\n" for line in lines if json.loads(line)["iteration"] <= done),
-        )
+        kept = [f"{line}\n" for line in lines if json.loads(line)["iteration"] <= done]
+        write_text(self.file, "".join(kept))
         self.writer = SummaryWriter(Path(args.run_dir) / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(desc="iterations", initial=done, total=args.iterations)
 

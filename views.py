@@ -3,8 +3,8 @@
 o_pre  task-preserving: another table, no distractors, the same robot, target and plate     Eq. (2)
 o_alt  task-altering:   the same instant with the target elsewhere                          Eq. (3)
 
-A composite, Eq. (5), is made of pictures that are there. The other views are drawn by the
-environments: functions (env, N generators) -> N pictures, where env holds N scenes.
+A composite, Eq. (5), is made of pictures that are there. The environments draw the other views:
+functions (env of N scenes, N generators) -> N pictures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ALTER_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])  # OPEN: so is its rotation se
 
 def task_preserving(obs: dict, backgrounds: torch.Tensor | None) -> torch.Tensor:
     """o_pre (B, H, W, 3) uint8: drawn by the environments (rgb_pre), or a composite."""
-    return (
-        obs["rgb_pre"] if backgrounds is None else composite(obs["rgb"], obs["mask"], backgrounds)
-    )
+    if backgrounds is None:
+        return obs["rgb_pre"]
+    return composite(obs["rgb"], obs["mask"], backgrounds)
 
 
 def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
@@ -53,9 +53,8 @@ def rerendered(env, rngs):
 
 def other_camera(env, rngs):
     """o_pre of section 5.5: the same state from another camera of the split's."""
-    degrees = []
-    for e, rng in zip(env.episodes, rngs):
-        degrees.append(float(rng.choice([d for d in e.cameras if d != e.camera_deg])))
+    others = [[d for d in e.cameras if d != e.camera_deg] for e in env.episodes]
+    degrees = [float(rng.choice(choices)) for choices, rng in zip(others, rngs)]
     with env.from_cameras(degrees):
         return env.picture()[0]
 

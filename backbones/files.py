@@ -1,5 +1,4 @@
-"""Checkpoints as files: directories and Hub repositories, safetensors, statistics; reading and
-saving."""
+"""Checkpoints as files: directories and Hub repositories, JSON, safetensors; reading and saving."""
 
 from __future__ import annotations
 
@@ -16,57 +15,49 @@ from safetensors.torch import save_file
 
 from runtime import Fault, read_json, verify
 
+WEIGHTS = ["model*.safetensors"]  # of a full model: what is fetched last
+REST = ["*.json", "adapter_model*", "value_head*", "training_state.pt", "action_head--*"]
+
 
 # -------------------------------------------------------------------------- directories and the Hub
+def one_line(error):
+    """An error's own words, cut to what a sentence can bear."""
+    return " ".join(str(error).split())[:200]
+
+
 def download(repo, revision, patterns):
-    """Those files of a Hub repository, from the cache or the network -> their directory, named
-    after the commit."""
+    """Those files of a Hub repository, from the cache or the network -> their directory, which is
+    named after the commit."""
+    # without the last hint, a commit of an older cache is looked up on the network
+    options = {"allow_patterns": patterns, "local_files_only": constants.HF_HUB_OFFLINE}
     try:
-        # without the last hint, a commit of an older cache is looked up on the network
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=patterns,
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
+        return Path(snapshot_download(repo, revision=revision, **options))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it is private (`hf auth login`)"
     except LocalEntryNotFoundError:
         reason = (
             "it is not in the cache, and the Hub is out of reach (no network, or HF_HUB_OFFLINE=1)"
         )
-    except (
-        Exception
-    ) as error:  # a full disk, a wrong revision ...: the Hub's, httpx's or the system's
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a full disk, a wrong revision ... of the Hub, httpx or the system
+        reason = one_line(error)
     raise Fault(f"{repo} is neither a directory here nor to be had from the Hub: {reason}")
 
 
 def find_checkpoint(name, hub):
-    """A directory, or (hub=True) OWNER/NAME[@REVISION] on the Hub -> directory, its lasting name,
-    commit (None: local).
-
-    Of a Hub repository all but a full model's weights are there afterwards, so that mistakes show
-    before gigabytes.
-    """
+    """A directory, or (hub=True) OWNER/NAME[@REVISION] on the Hub, without a full model's weights,
+    so that mistakes show before gigabytes -> directory, its lasting name, commit (None: local)."""
     if Path(name).is_dir():
         return Path(name), str(Path(name).resolve()), None
     repo, _, revision = str(name).partition("@")
     if not hub or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise Fault(f"there is no checkpoint directory {name}")
-    patterns = ["*.json", "adapter_model*", "value_head*", "training_state.pt", "action_head--*"]
-    directory = download(repo, revision or None, patterns)
+    directory = download(repo, revision or None, REST)
     return directory, repo, directory.name
 
 
 def find_model(checkpoint, base, hub):
     """-> directory of the full model, its lasting name, its commit, directory of the adapter (None:
-    no adapter).
-
-    base: where an adapter's base model is, if not where it says.
-    """
+    no adapter). base: where an adapter's base model is, if not where it says."""
     directory, name, commit = find_checkpoint(checkpoint, hub)
     if (directory / "SHA256SUMS").is_file():
         verify(directory)
@@ -75,14 +66,14 @@ def find_model(checkpoint, base, hub):
         if base:
             raise Fault(f"{checkpoint} is a full model and no adapter: leave out --base {base}")
         return directory, name, commit, None
-    peft_config = read_object(file)
     if not base:
-        origin, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
-        if not origin:
+        peft_config = read_object(file)
+        base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+        if not base:
             raise Fault(
                 f"{file} does not name the adapter's base model: say with --base where it is"
             )
-        base = f"{origin}@{revision}" if revision else f"{origin}"
+        base = f"{base}@{revision}" if revision else base
     try:
         base_directory, name, commit = find_checkpoint(base, hub)
     except Fault as error:
@@ -121,30 +112,27 @@ def check_types(values, types, file):
 def open_tensors(directory, stem):
     """The tensors of STEM.safetensors, or of the shards in its index: {key: slice}. Reads headers;
     slice[:] reads data."""
-    index = directory / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
+    index, files = directory / f"{stem}.safetensors.index.json", [directory / f"{stem}.safetensors"]
     if index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            raise Fault(f"{index} has no weight_map that says which file holds which tensor")
-        names = sorted(set(weight_map.values()))
-    found = {}
-    for name in names:
         try:
-            file = safe_open(directory / name, "pt")  # checks the file's length against its header
-        except (OSError, SafetensorError) as error:
+            shards = set(read_object(index)["weight_map"].values())
+            files = [directory / name for name in sorted(shards)]
+        except (KeyError, AttributeError, TypeError):
             raise Fault(
-                f"{directory / name} is missing, truncated or no safetensors file ({error})"
+                f"{index} has no weight_map that says which file holds which tensor"
             ) from None
-        found |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    found = {}
+    for file in files:
+        try:
+            tensors = safe_open(file, "pt")  # checks the file's length against its header
+        except (OSError, SafetensorError) as error:
+            raise Fault(f"{file} is missing, truncated or no safetensors file ({error})") from None
+        found |= {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
     return found
 
 
 def check_tensors(found, wanted, where):
-    """Strict: shapes in the files {key: [...]} and tensors of the model {key: tensor} agree. Names
-    the first offender."""
+    """Strict: shapes in the files {key: shape} and tensors of the model {key: tensor} agree."""
     for key in sorted(found.keys() | wanted.keys()):
         if key not in found:
             raise Fault(f"{where} lacks the tensor {key}; is it a checkpoint of another model?")
@@ -167,8 +155,8 @@ def read_tensor(entry, key, where, device="cpu", dtype=None):
 
 
 def load_weights(network_class, config, directory, dtype, device):
-    """Check every name and shape on the meta device, then read each tensor straight to where it
-    will live."""
+    """The network with the weights in `directory`, or (None) fresh ones. Every name and shape is
+    checked before a tensor is read, and each goes straight to where it will live."""
     if directory is None:
         network = network_class(config)
         network.init_from_scratch()
@@ -208,32 +196,30 @@ def load_weights(network_class, config, directory, dtype, device):
 
 # ------------------------------------------------------------------------------------------ saving
 def save_policy(policy, directory, dtype=None):
-    """Write a checkpoint that load_policy reads; dtype (say torch.float16) is that of the stored
-    weights.
+    """Write a checkpoint that load_policy reads, its weights as dtype (None: as they are).
 
-    With LoRA: a standard PEFT directory (adapter_config.json, adapter_model.safetensors); else
+    With LoRA: a PEFT directory (adapter_config.json, adapter_model.safetensors). Without:
     config.json and model.safetensors. Both: value_head.safetensors and norm_stats.json.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = {"model": {}, "adapter_model": {}, "value_head": {}}
-    for key, tensor in policy.state_dict().items():
-        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        if key.startswith("value_head."):
-            files["value_head"][key.removeprefix("value_head.")] = tensor
-        elif policy.lora_config and policy.in_adapter(key):
-            files["adapter_model"]["base_model.model." + key.replace(".default.", ".")] = tensor
-        else:
-            files["model"][key] = tensor
+    name, weights = "model", {}
     if policy.lora_config:
-        del files["model"]  # the base model stays where it is; adapter_config.json names it
+        name = "adapter_model"
         policy.lora_config.save_pretrained(str(directory))
-    else:
-        del files["adapter_model"]
+    for key, tensor in policy.state_dict().items():
+        if key.startswith("value_head."):
+            continue
+        if not policy.lora_config:
+            weights[key] = tensor
+        elif policy.in_adapter(key):  # the base model stays where it is
+            weights["base_model.model." + key.replace(".default.", ".")] = tensor
+    parts = {name: weights, "value_head": policy.value_head.state_dict()}
+    for name, part in parts.items():
+        part = {key: t.to(dtype or t.dtype).contiguous() for key, t in part.items()}
+        save_file(part, directory / f"{name}.safetensors", {"format": "pt"})
     if policy.saves_config or not policy.lora_config:
         save_config(policy, directory)
-    for name, tensors in files.items():
-        save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
     if policy.config["norm_stats"]:
         stats = {policy.unnorm_key: policy.config["norm_stats"][policy.unnorm_key]}
         (directory / "norm_stats.json").write_text(json.dumps(stats, indent=2))

@@ -16,8 +16,7 @@ STEP_BOUNDS = {
 
 
 def forward_layer(layer, x, recompute, **kwargs):
-    """layer(x). With `recompute` its activations are not kept but computed again in the backward
-    pass."""
+    """layer(x). recompute: keep no activations, but compute them again in the backward pass."""
     if recompute and torch.is_grad_enabled():  # nothing here is random
         return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **kwargs)
     return layer(x, **kwargs)
@@ -32,21 +31,18 @@ def grey_levels(images_uint8, device):
 
 
 def keep_variance(modules):
-    """Weights with which a signal keeps its variance from layer to layer; zero biases. For policies
-    that start from nothing."""
+    """Weights that keep a signal's variance from layer to layer, and zero biases."""
     for module in modules:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            gain = (
-                2.0 if isinstance(module, nn.Conv2d) else 1.0
-            )  # the stem's ReLU halves the variance
+            # the ReLUs of a stem halve the variance
+            gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0
             nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
 def grid_waves(count, dim):
-    """Position embeddings (count, dim) of a square grid: 1 to 10 quarter waves from edge to
-    middle."""
+    """Position embeddings (count, dim) of a square grid: 1 to 10 quarter waves to either side."""
     axis = torch.linspace(-1, 1, round(count**0.5))
     frequencies = torch.logspace(0, 1, dim // 4) * 1.57
     angle = torch.cartesian_prod(axis, axis)[:, :, None] * frequencies  # (n, 2, D/4)

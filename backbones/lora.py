@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pickle import UnpicklingError
-
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from backbones.files import check_tensors, open_tensors, read_object, read_tensor
+from backbones.files import check_tensors, one_line, open_tensors, read_object, read_tensor
 from runtime import Fault
 
-BROKEN_PICKLE = (  # what torch.load, and reading what it gives, may raise
-    RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, EOFError, AttributeError,
-)  # fmt: skip
 NOT_PLAIN = (  # fields of adapter_config.json that make more of an adapter than B A x
     "use_dora", "bias", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config",
@@ -25,23 +20,31 @@ NOT_PLAIN = (  # fields of adapter_config.json that make more of an adapter than
 
 class AdapterLinear(nn.Linear):
     """Half of an adapter: float32 weights, or small updates would vanish; arithmetic in its input's
-    dtype.
-
-    peft would raise the input to float32 instead and keep that for the backward pass, for each of 7
-    layers in a block.
-    """
+    dtype, where peft would raise the input to float32 and keep that for the backward pass."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def inject_lora(network, lora_config):
-    """Float32 adapters beside the layers that lora_config targets; everything else is frozen."""
+def add_lora(network, rank=32, alpha=None, targets=None, lora_config=None):
+    """Float32 adapters beside the layers that lora_config, or `targets` (None: the network's list),
+    names. They train, and what the network trains beside them (`in_adapter`), and the value head.
+
+    alpha None: alpha = rank.
+    """
+    network.lora_config = lora_config = lora_config or LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,
+        target_modules=list(targets or network.lora_targets),
+        exclude_modules=network.lora_excludes,
+        init_lora_weights="gaussian",
+    )
     lora_config.base_model_name_or_path, lora_config.revision = network.name, network.commit
+    lora_config.modules_to_save = None  # PEFT would train copies of them
     try:
         inject_adapter_in_model(lora_config, network)
     except ValueError as error:  # no layer has such a name, or one cannot have an adapter
-        raise Fault(f"--lora-targets: {' '.join(str(error).split())}") from None
+        raise Fault(f"--lora-targets: {one_line(error)}") from None
     for layer in [module for module in network.modules() if isinstance(module, LoraLayer)]:
         for half in (layer.lora_A, layer.lora_B):  # peft has given them the backbone's dtype
             half["default"].float()
@@ -50,6 +53,12 @@ def inject_lora(network, lora_config):
                 weight = half["default"].weight
                 half["default"] = AdapterLinear(*weight.shape[::-1], bias=False, device="meta")
                 half["default"].weight = weight
+    trained = [key for key in network.state_dict() if network.in_adapter(key)]
+    whole = [key.removeprefix("paligemma_with_expert.") for key in trained if ".lora_" not in key]
+    lora_config.modules_to_save = sorted({key.split(".")[0] for key in whole}) or None
+    for key, p in network.named_parameters():
+        p.requires_grad_(network.in_adapter(key) or key.startswith("value_head."))
+    network.detach_value = network.detach_value  # freezes what is idle
 
 
 def read_lora_config(file):
@@ -57,7 +66,8 @@ def read_lora_config(file):
     content = read_object(file)
     for field in ("peft_type", *NOT_PLAIN):
         value = content.get(field)
-        if value != "LORA" if field == "peft_type" else value and value != "none":
+        plain = value == "LORA" if field == "peft_type" else not value or value == "none"
+        if not plain:
             raise Fault(f"{file}: {field} is {value!r}; only plain LoRA is read here")
     start = str(content.get("init_lora_weights")).lower()
     if start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
@@ -82,8 +92,8 @@ def read_lora_config(file):
 
 
 def load_adapter(network, directory, rank=0, alpha=None, targets=None):
-    """A PEFT directory onto its base model, unmerged; the value head from beside it. Refuses what
-    contradicts it."""
+    """A PEFT directory onto its base model, unmerged, and the value head from beside it. rank,
+    alpha and targets: what the user asks for, which has to be the same."""
     lora_config = read_lora_config(directory / "adapter_config.json")
     own_targets = lora_config.target_modules  # a list, or a regular expression
     own_targets = own_targets if isinstance(own_targets, str) else sorted(own_targets)
@@ -103,26 +113,22 @@ def load_adapter(network, directory, rank=0, alpha=None, targets=None):
     found = {}
     for key, entry in open_tensors(directory, "adapter_model").items():
         key = key.removeprefix("base_model.model.")
-        # PEFT 0.11 also wrote the frozen lm_head itself; adapters of unused modules have nothing to
-        # adapt here
+        # PEFT 0.11 also wrote the frozen lm_head; others adapt modules that are not used here
         if not key.endswith(".base_layer.weight") and not network.is_unused(key):
             found[key.removesuffix("weight") + "default.weight" if ".lora_" in key else key] = entry
     check_tensors({key: entry.get_shape() for key, entry in found.items()}, own, directory)
     for key, entry in found.items():
         own[key].copy_(read_tensor(entry, key, directory))
-    if (directory / "value_head.safetensors").is_file():
-        file = directory / "value_head.safetensors"
+    if (file := directory / "value_head.safetensors").is_file():
         entries = open_tensors(directory, "value_head")
-        state = {key: read_tensor(entry, key, file) for key, entry in entries.items()}
-    elif (directory / "training_state.pt").is_file():  # RL4VLA's: "vh" is the value head
-        file = directory / "training_state.pt"
+    elif (file := directory / "training_state.pt").is_file():  # RL4VLA's: "vh" is the value head
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["vh"]
-            state = {key: read_tensor(tensor, key, file) for key, tensor in state.items()}
-        except BROKEN_PICKLE as error:
+            entries = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["vh"])
+        except Exception as error:  # a damaged pickle raises errors of many types
             raise Fault(f"{file} is damaged or not RL4VLA's ({error!r})") from None
     else:
         return  # the base model's value head, or a fresh one
+    state = {key: read_tensor(entry, key, file) for key, entry in entries.items()}
     shapes = {key: tensor.shape for key, tensor in state.items()}
     check_tensors(shapes, network.value_head.state_dict(), file)
     network.value_head.load_state_dict(state)

@@ -1,9 +1,8 @@
 """OpenVLA's network: two ViT towers (DINOv2, SigLIP) -> projector -> Llama, and RL4VLA's value
-head.
+head. policies.TokenPolicy makes actions of it.
 
-Parameter names are the official checkpoint's. What differs between the small presets and the 7B
-model is in config.json, which is read as data. The head that makes actions of it is
-policies.TokenPolicy.
+Parameter names are the official checkpoint's. All that differs between the small presets and the 7B
+model is in config.json.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import re
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from backbones.files import check_types, read_object, save_policy
+from backbones.files import check_types, one_line, read_object, save_policy
 from backbones.layers import (
     STEP_BOUNDS,
     forward_layer,
@@ -26,7 +24,7 @@ from backbones.layers import (
     keep_variance,
     patch_embedding,
 )
-from backbones.lora import inject_lora
+from backbones.lora import add_lora
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
 from runtime import Fault
 
@@ -37,9 +35,7 @@ LORA_TARGETS = [  # RL4VLA's list: every linear layer, and both patch embeddings
     "gate_proj", "up_proj", "down_proj", "lm_head",
 ]  # fmt: skip
 
-# Both towers' sizes are implied by their timm ids in the official config.json (image size and stats
-# aside).
-TIMM = {
+TIMM = {  # the towers' sizes, of which the official config.json has only the ids
     "vit_large_patch14_reg4_dinov2.lvd142m": {
         "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0,
         "patch_size": 14, "class_token": True, "reg_tokens": 4, "layer_scale": True,
@@ -56,6 +52,7 @@ CONFIG_TYPES = {  # of config.json's fields
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # channels 0-2 feed DINO (ImageNet's), 3-5 SigLIP
 STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
 
+STATS = {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}  # the gripper is not scaled
 OPENVLA_TINY = {
     "model_type": "openvla",
     "timm_model_ids": list(TIMM),
@@ -69,9 +66,8 @@ OPENVLA_TINY = {
         "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, in the 7B's order
         "initializer_range": 0.05,
     },
-    "norm_stats": {"builtin": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
-    # Everything below is not an official field. A patch embedding does not learn to see in minutes;
-    # a conv stem does.
+    "norm_stats": {"builtin": STATS},
+    # No official fields. A conv stem learns to see in minutes, a patch embedding does not
     "_tiny_timm_kwargs": [
         {"embed_dim": 128, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16,
          "stem": [24, 48, 96], "class_token": False, "reg_tokens": 0, "layer_scale": False},
@@ -87,7 +83,7 @@ OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in tw
     "text_config": OPENVLA_TINY["text_config"] | {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96,
     },
-    "norm_stats": {"flat": {"action": STEP_BOUNDS | {"mask": [True] * 6 + [False]}}},
+    "norm_stats": {"flat": STATS},
     "_tiny_timm_kwargs": [
         {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 8,
          "stem": [24, 48], "class_token": False, "reg_tokens": 0, "layer_scale": False},
@@ -101,12 +97,10 @@ OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in tw
 
 
 class ViT(nn.Module):
-    """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, no final norm, as
-    OpenVLA takes it.
+    """(B, 3, S, S) -> patch features (B, n, D): the output of block depth-2, as OpenVLA takes it.
 
     timm's parameter names, which are the checkpoint's. The last block, the final norm and SigLIP's
-    attention pool are dead weights in OpenVLA and are not built. `stem` (output channels) swaps the
-    patch embedding for strided convs.
+    attention pool are dead weights in OpenVLA and are not built. stem: see `patch_embedding`.
     """
 
     def __init__(
@@ -119,7 +113,7 @@ class ViT(nn.Module):
         class_token,
         reg_tokens,
         layer_scale,
-        mlp_ratio=4.0,
+        mlp_ratio,
         stem=None,
     ):
         super().__init__()
@@ -131,34 +125,32 @@ class ViT(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches, embed_dim) * 0.02)
         hidden = int(embed_dim * mlp_ratio)
-        blocks = (Block(embed_dim, hidden, layer_scale) for _ in range(depth - 1))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(embed_dim, hidden, layer_scale) for _ in range(depth - 1))
 
     def forward(self, x, recompute=False):
-        x = x.contiguous(
-            memory_format=torch.channels_last
-        )  # a slice, which convolutions would copy
+        # a slice, which convolutions would copy
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.patch_embed["proj"](self.patch_embed["stem"](x)).flatten(2).transpose(1, 2)
         x = x + self.pos_embed  # (B, n, D); timm has folded the cls position into cls_token
-        extra = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        x = torch.cat([*(t.expand(len(x), -1, -1) for t in extra), x], 1) if extra else x
+        extra = [
+            t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None
+        ]
+        x = torch.cat([*extra, x], 1)
         for block in self.blocks:
             x = forward_layer(block, x, recompute, num_heads=self.num_heads)
         return x[:, -self.num_patches :]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. GELU is exact in both towers (transformers' SigLIP defaults to
-    tanh)."""
+    """Pre-norm transformer block. GELU is exact in both towers."""
 
     def __init__(self, dim, hidden, layer_scale):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        scales = (torch.ones(dim), torch.ones(dim)) if layer_scale else ()
-        scales = [nn.ParameterDict({"scale_factor": nn.Parameter(scale)}) for scale in scales]
-        self.ls1, self.ls2 = scales or (None, None)
+        self.ls1 = nn.ParameterDict({"scale_factor": torch.ones(dim)}) if layer_scale else None
+        self.ls2 = nn.ParameterDict({"scale_factor": torch.ones(dim)}) if layer_scale else None
 
     def forward(self, x, num_heads):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, num_heads, -1))
@@ -170,12 +162,11 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values at fixed addresses: (layers, B, heads, length, head_dim). What is not yet
-    written is masked."""
+    """Keys and values at fixed addresses. The attention mask hides what is not yet written."""
 
     def __init__(self, config, batch, length, like):
-        heads, dim = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, batch, heads, length, dim)
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, batch, heads, length, config.head_dim)
         self.k, self.v, self.start = like.new_zeros(shape), like.new_zeros(shape), 0
 
     def update(self, k, v, layer_idx):  # called by LlamaAttention
@@ -194,24 +185,24 @@ def text_config(config):
 class OpenVLANetwork(nn.Module):
     """Official key names: vision_backbone, projector, language_model; plus RL4VLA's value_head."""
 
-    # What load_policy and merge need to know of a network
+    # What load_policy and merge ask of a class
     small_configs = {"openvla-tiny": OPENVLA_TINY, "openvla-flat": OPENVLA_FLAT}  # start random
     settings = {}  # flags that change the config: {flag: field}
     config_needs_weights = False  # config.json says what a checkpoint is
     needs_norm_stats = True
     tokenizer_class = LlamaTokenizer
-    lora_targets = LORA_TARGETS
+    lora_targets, lora_excludes = LORA_TARGETS, None
     saves_config = False  # beside an adapter
-
-    stats_file = "norm_stats"  # where the statistics in use are from
-    gradient_checkpointing = False
-    detach_value = False  # True: the critic reads the trunk but does not train it
     save = save_policy
+    add_lora = add_lora
+
+    name = commit = directory = None  # where it comes from
+    tokenizer = tokenizer_file = lora_config = None
+    gradient_checkpointing = detach_value = False
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.name, self.commit, self.directory = "openvla", None, None  # where it comes from
         text = text_config(config)
         self.image_size = config["image_sizes"][0]
         # How RL4VLA gets there from 640 x 480 (scenes/task.py); a small model's frames are drawn so
@@ -221,24 +212,25 @@ class OpenVLANetwork(nn.Module):
             towers = [tower | own for tower, own in zip(towers, config["_tiny_timm_kwargs"])]
         dino, siglip = [ViT(size, **tower) for size, tower in zip(config["image_sizes"], towers)]
         self.vision_backbone = nn.ModuleDict({"featurizer": dino, "fused_featurizer": siglip})
-        fused = sum(tower["embed_dim"] for tower in towers)
-        sizes = [fused, 4 * fused, text.hidden_size, text.hidden_size]
-        layers = {f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(3)}
-        self.projector = nn.ModuleDict(layers)
+        fused, width = sum(tower["embed_dim"] for tower in towers), text.hidden_size
+        self.projector = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(fused, 4 * fused),
+                "fc2": nn.Linear(4 * fused, width),
+                "fc3": nn.Linear(width, width),
+            }
+        )
         self.language_model = LlamaForCausalLM(text)
         self.value_head = nn.ModuleDict(
             {
-                "head_l1": nn.Linear(text.hidden_size, 512),
+                "head_l1": nn.Linear(width, 512),
                 "head_l2": nn.Linear(512, 128),
                 "head_l3": nn.Linear(128, 1, bias=False),
             }
         )
-        # Action token ids are [action_begin, action_end), the tokenizer's last 256; a LARGER id is
-        # a SMALLER value.
+        # The tokenizer's last 256 ids are the actions. A LARGER id is a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
         self.action_begin = self.action_end - config["n_action_bins"]
-        self.tokenizer, self.tokenizer_file, self.prompt_ids = None, None, {}
-        self.lora_config = None
 
     @property
     def device(self):
@@ -282,9 +274,7 @@ class OpenVLANetwork(nn.Module):
         try:
             text = text_config(config)
         except Exception as error:  # transformers' own checks raise errors of many types
-            raise Fault(
-                f"{file}: text_config is not Llama's ({' '.join(str(error).split())[:150]})"
-            ) from None
+            raise Fault(f"{file}: text_config is not Llama's ({one_line(error)})") from None
         words = text.vocab_size - config["pad_to_multiple_of"] - config["n_action_bins"]
         if words < 1 or config["n_action_bins"] < 2:
             raise Fault(
@@ -295,30 +285,28 @@ class OpenVLANetwork(nn.Module):
 
     @staticmethod
     def rename(key):
-        """The name here of a checkpoint's tensor: the official one; of RLinf's value head, the same
-        MLP, RL4VLA's."""
+        """The name here of a checkpoint's tensor. RLinf's value head is RL4VLA's MLP."""
         found = re.match(r"value_head\.mlp\.([024])\.", key)
         return f"value_head.head_l{int(found[1]) // 2 + 1}.{key[found.end() :]}" if found else key
 
     def is_unused(self, key):
-        """Official tensors that OpenVLA never uses: each tower's last block and final norm,
-        SigLIP's attention pool."""
-        for name, tower in self.vision_backbone.items():
-            unused = (f"blocks.{len(tower.blocks)}.", "norm.", "attn_pool.")
-            if key.startswith(tuple(f"vision_backbone.{name}.{part}" for part in unused)):
-                return True
-        return False
+        """Official tensors that OpenVLA never uses: see ViT."""
+        unused = [
+            f"vision_backbone.{name}.{part}"
+            for name, tower in self.vision_backbone.items()
+            for part in (f"blocks.{len(tower.blocks)}.", "norm.", "attn_pool.")
+        ]
+        return key.startswith(tuple(unused))
 
     def keeps_float32(self, key):
         return key.startswith("value_head.")
 
     def in_adapter(self, key):
-        """What training changes where there are adapters."""
+        """What training changes where there are adapters, beside the value head."""
         return ".lora_" in key
 
     def init_buffers(self, device):
-        """Llama's rotary frequencies are computed, not stored. bfloat16 ones would be off by up to
-        0.35 rad."""
+        """Llama's rotary frequencies are in no file. In bfloat16 they would be 0.35 rad off."""
         llama = self.language_model.model
         llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
 
@@ -331,10 +319,9 @@ class OpenVLANetwork(nn.Module):
         """What pretraining has done for the 7B model: the image reaches Llama, and neighbouring
         bins are neighbours.
 
-        torch's default init shrinks a signal from layer to layer: of the patch tokens only 1.5 %
-        would depend on the image. Position embeddings start as waves over the grid; action tokens
-        as random waves over the bin's value, so that a bin which no demonstration has used is not
-        plain noise.
+        With torch's default only 1.5 % of the patch tokens' variance would come from the image.
+        Action tokens start as random waves over the bin's value, so that a bin which no
+        demonstration has used is not plain noise.
         """
         keep_variance([*self.vision_backbone.modules(), *self.projector.modules()])
         for tower in self.vision_backbone.values():
@@ -350,22 +337,9 @@ class OpenVLANetwork(nn.Module):
             waves = torch.cos(bins * frequency + phase) * std * 2**0.5
             table.data[self.action_begin : self.action_end] = waves
 
-    def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
-        """Float32 adapters on every linear layer; only they and the value head train. alpha None:
-        alpha = rank."""
-        self.lora_config = lora_config or LoraConfig(
-            r=rank,
-            lora_alpha=alpha or rank,
-            target_modules=list(targets or self.lora_targets),
-            init_lora_weights="gaussian",
-        )
-        inject_lora(self, self.lora_config)
-        self.value_head.requires_grad_(True)
-
     # -------------------------------------------------------------------- inputs
     def preprocess(self, images_uint8):
-        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32. Aspect ratio is not kept, nothing is cropped
-        ("resize-naive")."""
+        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32, squashed ("resize-naive")."""
         x = grey_levels(images_uint8, self.device)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
@@ -374,19 +348,16 @@ class OpenVLANetwork(nn.Module):
         return x.sub_(x.new_tensor(MEAN)[:, None, None]).div_(x.new_tensor(STD)[:, None, None])
 
     def tokenize(self, instructions, prompt=None):
-        """List of B str -> input_ids, attention_mask (B, T): padded on the left, then BOS moved to
-        column 0.
+        """List of B str -> input_ids, attention_mask (B, T): BOS, padding, words.
 
-        The 256 patches go right behind BOS, so BOS has to be at the same place in every row.
+        The 256 patches go right behind BOS, so that it has to be first in every row.
         """
         if self.tokenizer is None:
             raise Fault(
                 f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file"
             )
         prompt = prompt or self.config.get("_prompt", PROMPT)
-        for key in {(prompt, text) for text in instructions} - self.prompt_ids.keys():
-            self.prompt_ids[key] = self.tokenizer(prompt.format(instruction=key[1].lower()))
-        rows = [self.prompt_ids[prompt, text] for text in instructions]
+        rows = [self.tokenizer(prompt.format(instruction=text.lower())) for text in instructions]
         length, pad = max(map(len, rows)), self.config.get("pad_token_id") or 0  # nobody sees them
         ids, mask = [], []
         for bos, *words in rows:
@@ -406,25 +377,29 @@ class OpenVLANetwork(nn.Module):
         text = self.language_model.model.embed_tokens(input_ids)
         return torch.cat([text[:, :1], x, text[:, 1:]], 1)
 
-    def attention_layout(self, attention_mask, num_patches):
+    def attention_layout(self, attention_mask):
         """What each of L + 6 positions may see, (B, 1, L+6, L+6) bool, and its rotary position
         (pads do not count)."""
-        more = attention_mask.new_ones(len(attention_mask), num_patches + 6)
-        patches, actions = more.split([num_patches, 6], 1)
-        valid = [attention_mask[:, :1], patches, attention_mask[:, 1:], actions]
-        valid = torch.cat(valid, 1)  # (B, L + 6)
+        num_patches = self.vision_backbone["featurizer"].num_patches
+        patches, actions = (
+            attention_mask.new_ones(len(attention_mask), n) for n in (num_patches, 6)
+        )
+        parts = [attention_mask[:, :1], patches, attention_mask[:, 1:], actions]
+        valid = torch.cat(parts, 1)  # (B, L + 6)
         causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device)
         return causal.tril() & valid.bool()[:, None, None, :], valid.cumsum(1) - 1
 
     def llama(self, x, mask, positions, cache=None):
-        """Llama's own layers on embeddings (B, Q, H), without its mask-guessing wrapper; after the
-        final norm."""
+        """Llama's own layers and final norm on embeddings (B, Q, H), without its mask-guessing
+        wrapper."""
         llama = self.language_model.model
-        inputs = {"attention_mask": mask, "position_embeddings": llama.rotary_emb(x, positions)}
+        inputs = {
+            "attention_mask": mask,
+            "position_embeddings": llama.rotary_emb(x, positions),
+            "past_key_values": cache,
+        }
         for layer in llama.layers:
-            x = forward_layer(
-                layer, x, self.gradient_checkpointing, past_key_values=cache, **inputs
-            )
+            x = forward_layer(layer, x, self.gradient_checkpointing, **inputs)
         return llama.norm(x)
 
     def value(self, hidden):
@@ -434,14 +409,10 @@ class OpenVLANetwork(nn.Module):
 
     # ---------------------------------------------------------- what sft.py teaches besides actions
     def look(self, rgb):
-        """A pass through the modules of `vision_parts`, and no further."""
         self.embed(self.preprocess(rgb), torch.zeros(len(rgb), 1, dtype=torch.long))
 
     def vision_parts(self):
-        """The modules whose outputs are the patch features (B, n, D): of each tower; last, as Llama
-        gets them."""
         return [*self.vision_backbone.values(), self.projector["fc3"]]
 
     def word_embeddings(self):
-        """(vocabulary, H)."""
         return self.language_model.model.embed_tokens.weight

@@ -1,8 +1,7 @@
 """The network of pi0 and pi0.5 (openpi): SigLIP -> Gemma, and a small action expert that reads
-Gemma's keys and values.
+Gemma's keys and values. policies.FlowPolicy makes actions of it.
 
-Parameter names are openpi's, with RLinf's value_head; the VLM's embedding is called lm_head, as
-there. The head that makes actions of it is policies.FlowPolicy.
+Parameter names are openpi's, and RLinf's for the value head. So Gemma's embedding is "lm_head".
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GemmaConfig, SiglipVisionConfig
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
@@ -29,12 +28,12 @@ from backbones.layers import (
     keep_variance,
     patch_embedding,
 )
-from backbones.lora import inject_lora
-from backbones.statistics import check_columns, columns
+from backbones.lora import add_lora
+from backbones.statistics import columns
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
 from runtime import Fault
 
-PI = {  # sizes and settings of the official models; a checkpoint's config.json may say otherwise
+PI = {  # of the official models; a checkpoint's config.json may say otherwise
     "image_size": 224, "patch": 14, "vis_width": 1152, "vis_depth": 27, "vis_heads": 16,
     "vis_mlp": 4304,
     "vocab": 257152, "depth": 18, "heads": 8, "kv_heads": 1, "head_dim": 256, "rope_theta": 10000.0,
@@ -50,10 +49,6 @@ PI_KIND = {  # what pi0 and pi0.5 do not share
     "pi0": {"max_token_len": 48, "value_head_hidden": [512, 256, 128]},
     "pi05": {"max_token_len": 200, "value_head_hidden": [1024, 512, 256]},
 }
-FLOW_SETTINGS = {  # flags of ppo_pair.py, and what config.json calls them
-    "horizon": "action_horizon", "replan": "action_chunk", "denoise_steps": "num_denoise_steps",
-    "noise_level": "noise_level", "sde_steps": "sde_steps",
-}  # fmt: skip
 # OPEN: "LoRA on all linear layers" (Table 3) is RLinf's list, every linear layer of SigLIP and of
 # Gemma. The projector between them has no adapter and stays as it is.
 PI_LORA_TARGETS = [
@@ -82,6 +77,12 @@ PI05_FLAT = PI05_TINY | {  # 32 x 32 pixels
 }  # fmt: skip
 
 
+def nested(tree):
+    """Modules in dicts of dicts -> nn.ModuleDict."""
+    parts = {k: nested(part) if isinstance(part, dict) else part for k, part in tree.items()}
+    return nn.ModuleDict(parts)
+
+
 class Recorder(dict):
     """Stands where GemmaAttention expects a cache: keeps each layer's rotated keys and values."""
 
@@ -98,20 +99,18 @@ class Prefix(NamedTuple):
     kv: Recorder  # per layer: keys and values (B, kv_heads, P, head_dim)
 
     def take(self, inds):
-        """The rows `inds` (n,) of the batch."""
         kv = Recorder({i: (k[inds], v[inds]) for i, (k, v) in self.kv.items()})
         return Prefix(self.hidden[inds], self.mask[inds], kv)
 
     def update(self, k, v, layer_idx):
-        """The expert's cache: its own keys behind the VLM's. Nothing is stored, so it serves any
-        number of steps."""
+        """As the expert's cache: its own keys behind the VLM's. Nothing is stored."""
         pairs = zip(self.kv[layer_idx], (k, v))
         return tuple(torch.cat([old.to(new.dtype), new], 2) for old, new in pairs)
 
 
 class AdaRMSNorm(nn.Module):
     """RMS norm with scale, shift and gate from a condition: (B, n, D), (B, D) -> (B, n, D), gate
-    (B, 1, D). Float32."""
+    (B, 1, D)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -125,8 +124,7 @@ class AdaRMSNorm(nn.Module):
 
 
 class AdaDecoderLayer(GemmaDecoderLayer):
-    """A layer of pi0.5's expert: Gemma's, but its norms are conditioned and its residual branches
-    gated."""
+    """A layer of pi0.5's expert: Gemma's, with conditioned norms and gated residual branches."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -145,37 +143,37 @@ class Pi0Network(nn.Module):
 
     SigLIP and Gemma read images and prompt once (`prefix`). A small expert of the same depth reads
     their keys and values and gives the velocity v(x, t) of a chunk of H actions (`velocity`). The
-    VLM runs in the backbone's dtype; the expert (under 2 % of the arithmetic) and all that follows
-    in float32. TF32 would round a velocity by 5e-4, and a log-prob, a sum over 35 elements divided
-    by a small std, by up to 1e-2: leave it off, as torch does.
+    VLM runs in the backbone's dtype, all that follows in float32. Leave TF32 off, as torch does: it
+    would round a velocity by 5e-4, and a log-prob by up to 1e-2.
     """
 
-    # What load_policy and merge need to know of a network
+    # What load_policy and merge ask of a class
     small_configs = {"pi05-tiny": PI05_TINY, "pi05-flat": PI05_FLAT}  # start from random weights
-    settings = FLOW_SETTINGS  # flags that change the config: {flag: field}
+    settings = {  # flags that change the config: {flag: field}
+        "horizon": "action_horizon", "replan": "action_chunk", "noise_level": "noise_level",
+        "denoise_steps": "num_denoise_steps", "sde_steps": "sde_steps",
+    }  # fmt: skip
     config_needs_weights = True  # only the names of its tensors say which model a checkpoint is of
     needs_norm_stats = False  # without any, a checkpoint can be loaded, but not act
     tokenizer_class = PaliGemmaTokenizer
-    lora_targets = PI_LORA_TARGETS
-    saves_config = (
-        True  # beside an adapter, too: horizon, replan and the rest are part of the policy
-    )
-
-    stats_file = "norm_stats"  # where the statistics in use are from
-    gradient_checkpointing = False
+    lora_targets, lora_excludes = PI_LORA_TARGETS, r".*\bgemma_expert\..*"
+    saves_config = True  # beside an adapter, too: horizon and replan are part of the policy
     save = save_policy
+    add_lora = add_lora
+
+    name = commit = directory = None  # where it comes from
+    tokenizer = tokenizer_file = lora_config = unnorm_key = None
+    gradient_checkpointing = False
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.name, self.commit, self.directory = config["model_type"], None, None  # its origin
+        self.config, self.centers_and_scales = config, {}
         c = SimpleNamespace(**config)
         self.pi05 = c.model_type == "pi05"
         self.image_size, self.chunk, self.horizon = c.image_size, c.action_chunk, c.action_horizon
         # How openpi gets there from 640 x 480 (scenes/task.py); a small model's frames are drawn so
         self.resize = None if "_word_vocab" in config else "keep"
         self.num_steps, self.noise_level = c.num_denoise_steps, c.noise_level
-        self.unnorm_key, self.centers_and_scales, self._detach_value = None, {}, False
         vision = SiglipVisionConfig(
             hidden_size=c.vis_width,
             intermediate_size=c.vis_mlp,
@@ -184,8 +182,8 @@ class Pi0Network(nn.Module):
             attn_implementation="sdpa",
         )
 
-        def gemma(width, mlp):
-            return GemmaConfig(
+        def decoder(layer, norm, width, mlp):
+            gemma = GemmaConfig(
                 hidden_size=width,
                 intermediate_size=mlp,
                 num_attention_heads=c.heads,
@@ -194,39 +192,31 @@ class Pi0Network(nn.Module):
                 rms_norm_eps=c.rms_norm_eps,
                 attn_implementation="sdpa",
             )
+            layers = nn.ModuleList(layer(gemma, i) for i in range(c.depth))
+            return {"layers": layers, "norm": norm(width, eps=c.rms_norm_eps)}
 
-        def decoder(layer, norm, config):
-            layers = nn.ModuleList(layer(config, i) for i in range(c.depth))
-            norm = norm(config.hidden_size, eps=c.rms_norm_eps)
-            return nn.ModuleDict({"layers": layers, "norm": norm})
-
-        embeddings = {
-            "patch_embedding": patch_embedding(c.patch, c.vis_width, c.stem),
-            "position_embedding": nn.Embedding((c.image_size // c.patch) ** 2, c.vis_width),
-        }
-        layers = nn.ModuleList(SiglipEncoderLayer(vision) for _ in range(c.vis_depth))
-        tower = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": layers}),
-                "post_layernorm": nn.LayerNorm(c.vis_width, eps=c.layer_norm_eps),
-            }
-        )
         plain = GemmaDecoderLayer, GemmaRMSNorm
-        parts = {
-            "vision_tower": nn.ModuleDict({"vision_model": tower}),
-            "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(c.vis_width, c.vlm_width)}),
-            "language_model": decoder(*plain, gemma(c.vlm_width, c.vlm_mlp)),
+        conditioned = (AdaDecoderLayer, AdaRMSNorm) if self.pi05 else plain
+        tower = {
+            "embeddings": {
+                "patch_embedding": patch_embedding(c.patch, c.vis_width, c.stem),
+                "position_embedding": nn.Embedding((c.image_size // c.patch) ** 2, c.vis_width),
+            },
+            "encoder": {
+                "layers": nn.ModuleList(SiglipEncoderLayer(vision) for _ in range(c.vis_depth))
+            },
+            "post_layernorm": nn.LayerNorm(c.vis_width, eps=c.layer_norm_eps),
         }
-        words = nn.Embedding(c.vocab, c.vlm_width)
-        kinds = (AdaDecoderLayer, AdaRMSNorm) if self.pi05 else plain
-        expert = decoder(*kinds, gemma(c.exp_width, c.exp_mlp))
-        self.paligemma_with_expert = nn.ModuleDict(
-            {
-                "paligemma": nn.ModuleDict({"model": nn.ModuleDict(parts), "lm_head": words}),
-                "gemma_expert": nn.ModuleDict({"model": expert}),
-            }
-        )
+        paligemma = {
+            "model": {
+                "vision_tower": {"vision_model": tower},
+                "multi_modal_projector": {"linear": nn.Linear(c.vis_width, c.vlm_width)},
+                "language_model": decoder(*plain, c.vlm_width, c.vlm_mlp),
+            },
+            "lm_head": nn.Embedding(c.vocab, c.vlm_width),
+        }
+        expert = {"model": decoder(*conditioned, c.exp_width, c.exp_mlp)}
+        self.paligemma_with_expert = nested({"paligemma": paligemma, "gemma_expert": expert})
         self.action_in_proj = nn.Linear(c.action_dim, c.exp_width)
         self.action_out_proj = nn.Linear(c.exp_width, c.action_dim)
         if self.pi05:
@@ -239,8 +229,6 @@ class Pi0Network(nn.Module):
         sizes = [c.vlm_width if self.pi05 else c.exp_width, *c.value_head_hidden, 1]
         layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
         self.value_head = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
-        self.tokenizer, self.tokenizer_file, self.prompt_ids = None, None, {}
-        self.lora_config = None
         self.detach_value = False
 
     @property
@@ -249,19 +237,24 @@ class Pi0Network(nn.Module):
 
     @property
     def dtype(self):
-        return self.paligemma_with_expert["paligemma"]["lm_head"].weight.dtype
+        return self.word_embeddings().dtype
+
+    @property
+    def paligemma(self):
+        return self.paligemma_with_expert["paligemma"]
+
+    @property
+    def tower(self):
+        return self.paligemma["model"]["vision_tower"]["vision_model"]
 
     @property
     def detach_value(self):
-        """True: the critic reads the trunk but does not train it."""
         return self._detach_value
 
     @detach_value.setter
     def detach_value(self, detach):
-        """The actions read only keys and values of the VLM's last layer.
-
-        The rest of that layer learns through pi0.5's critic or not at all.
-        """
+        """Freezes what is idle: the actions read only keys and values of the VLM's last layer, so
+        that the rest of it learns through pi0.5's critic or not at all."""
         self._detach_value, idle = detach, detach or not self.pi05
         parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
         last = f"language_model.layers.{self.config['depth'] - 1}."
@@ -273,10 +266,10 @@ class Pi0Network(nn.Module):
     # -------------------------------------------------------------------- loading
     @classmethod
     def read_config(cls, backbone, directory, adapter, settings):
-        """Sizes and settings: the official ones, what a config.json says otherwise, then
-        `settings`. pi0 or pi0.5: by tensors."""
-        defaults = PI | PI_KIND["pi05"]  # of a type that pi0's have, too
-        types = {key: type(value) for key, value in defaults.items() if value is not None}
+        """The official sizes and settings, what a config.json says otherwise, then `settings`.
+        The tensors say whether it is pi0 or pi0.5."""
+        known = PI | PI_KIND["pi05"]  # as pi0's, but for values
+        types = {key: type(value) for key, value in known.items() if value is not None}
         if directory is None:
             file, kind = copy.deepcopy(cls.small_configs[backbone]), "pi05"
         else:
@@ -292,32 +285,27 @@ class Pi0Network(nn.Module):
         found = file.get("_backbone", kind + "-tiny") if "_word_vocab" in file else kind
         if found != backbone:
             raise Fault(f"{directory} is a checkpoint of {found}, not of the backbone {backbone}")
-        known = PI | PI_KIND[kind]
         ours = (*known, "norm_stats", "_word_vocab", "_backbone")
-        config = known | {key: value for key, value in file.items() if key in ours}
-        config |= {"model_type": kind}
-        config |= {FLOW_SETTINGS[name]: value for name, value in settings.items()}
-        replan, horizon = config["action_chunk"], config["action_horizon"]
-        for wrong, sentence in (
-            (not 1 <= replan <= horizon, "--replan must be 1 to --horizon"),
-            (config["num_denoise_steps"] < 1, "--denoise-steps must be at least 1"),
-            (not config["noise_level"] > 0, "--noise-level must be positive"),
-            (config["sde_steps"] not in ("one", "all"), "--sde-steps must be one or all"),
-        ):
-            if wrong:
-                raise Fault(sentence)
+        config = PI | PI_KIND[kind] | {key: file[key] for key in file if key in ours}
+        config |= {cls.settings[name]: value for name, value in settings.items()}
+        config["model_type"] = kind
+        if config["action_chunk"] > config["action_horizon"]:
+            raise Fault("--replan must be 1 to --horizon")
+        if not config["noise_level"] > 0:
+            raise Fault("--noise-level must be positive")
+        if config["sde_steps"] not in ("one", "all"):
+            raise Fault("--sde-steps must be one or all")
         return config
 
     @staticmethod
     def rename(key):
-        """The name here of a checkpoint's tensor: lerobot puts "model." in front; the tied
+        """The name here of a checkpoint's tensor. lerobot puts "model." in front, and the tied
         embedding has two names."""
         key = key.removeprefix("model.")
         return key.replace(".model.language_model.embed_tokens.", ".lm_head.")
 
     def is_unused(self, key):
-        """Tensors that are in the files but in no computation: the expert's lm_head, and
-        Flow-Noise's head."""
+        """Tensors of no computation: the expert's lm_head, and Flow-Noise's head."""
         return key.startswith(("paligemma_with_expert.gemma_expert.lm_head.", "noise_head."))
 
     def keeps_float32(self, key):
@@ -333,19 +321,17 @@ class Pi0Network(nn.Module):
         """Nothing: every buffer is computed where it is needed."""
 
     def init_from_scratch(self):
-        """What pretraining has done for the official models: the image reaches the actions (see
-        OpenVLA's)."""
+        """What pretraining has done for the official models (see OpenVLANetwork's)."""
         keep_variance(self.modules())
         for module in self.modules():
             if isinstance(module, AdaRMSNorm):  # starts as a plain norm with an open gate
                 nn.init.zeros_(module.dense.weight)
                 module.dense.bias.data[-module.dense.in_features :] = 1.0
-        paligemma = self.paligemma_with_expert["paligemma"]
-        nn.init.normal_(paligemma["lm_head"].weight, std=self.config["vlm_width"] ** -0.5)
-        embeddings = paligemma["model"]["vision_tower"]["vision_model"]["embeddings"]
-        position = embeddings["position_embedding"].weight
+        nn.init.normal_(self.word_embeddings(), std=self.config["vlm_width"] ** -0.5)
+        position = self.tower["embeddings"]["position_embedding"].weight
         position.data = grid_waves(*position.shape)
-        for layer in paligemma["model"]["language_model"]["layers"]:  # attention starts by content
+        # attention starts by content
+        for layer in self.paligemma["model"]["language_model"]["layers"]:
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
 
     def init_value_head(self):
@@ -357,38 +343,15 @@ class Pi0Network(nn.Module):
         for layer in [*hidden, last]:
             nn.init.zeros_(layer.bias)
 
-    def add_lora(self, rank=32, alpha=None, targets=None, lora_config=None):
-        """Float32 adapters on every linear layer of the VLM; they, the action expert and the value
-        head train."""
-        self.lora_config = lora_config or LoraConfig(
-            r=rank,
-            lora_alpha=alpha or rank,
-            target_modules=list(targets or self.lora_targets),
-            exclude_modules=r".*\bgemma_expert\..*",
-            init_lora_weights="gaussian",
-        )
-        self.lora_config.modules_to_save = None  # PEFT would train copies of them
-        inject_lora(self, self.lora_config)
-        saved = [key for key in self.state_dict() if self.in_adapter(key)]
-        parts = {key.removeprefix("paligemma_with_expert.").split(".")[0] for key in saved}
-        self.lora_config.modules_to_save = sorted(parts - {"paligemma"})
-        for key, p in self.named_parameters():
-            p.requires_grad_(self.in_adapter(key) or key.startswith("value_head."))
-        self.detach_value = self.detach_value  # freezes what is idle
-
     # -------------------------------------------------------------------- inputs
     @property
     def reads_state(self):
-        """Not pi0.5, unless its prompt spells the state out: RLinf's ManiSkill checkpoints see the
-        image alone."""
+        """RLinf's pi0.5 for ManiSkill sees the image alone."""
         return not self.pi05 or self.config["discrete_state_input"]
 
     def preprocess(self, images_uint8):
         """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1]: the aspect ratio is kept, black
-        fills the rest (openpi).
-
-        A square picture is one that was squashed: it gets the camera's aspect ratio back.
-        """
+        fills the rest (openpi). A square picture was squashed, and gets the camera's ratio back."""
         x, size = grey_levels(images_uint8, self.device), self.image_size
         height, width = x.shape[-2:]
         if height == width:
@@ -398,15 +361,14 @@ class Pi0Network(nn.Module):
         if x.shape[-2:] != (size, size) or height != width:
             x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
             top, left = (size - height) // 2, (size - width) // 2
-            borders = (left, size - width - left, top, size - height - top)
-            x = F.pad(x.clamp(0, 255).round(), borders)
+            x = x.clamp(0, 255).round()
+            x = F.pad(x, (left, size - width - left, top, size - height - top))
         return x / 127.5 - 1
 
-    def prompt_pieces(self, instruction, state=None):
-        """What the tokenizer is given, piece by piece; BOS goes before the first. state (S,)
-        normalised: see `tokenize`."""
-        if self.config["prompt"]:
-            return [self.config["prompt"].format(instruction=instruction)]
+    def prompt_pieces(self, instruction, state=None, prompt=None):
+        """What the tokenizer is given, piece by piece. For one instruction: see `tokenize`."""
+        if prompt or self.config["prompt"]:
+            return [(prompt or self.config["prompt"]).format(instruction=instruction)]
         text = instruction.strip().replace("_", " ").replace("\n", " ")
         if state is None:
             return [text, "\n"]
@@ -415,7 +377,7 @@ class Pi0Network(nn.Module):
         return [f"Task: {text}, State: {' '.join(map(str, bins.tolist()))};\nAction: "]
 
     def tokenize(self, instructions, prompt=None, state=None):
-        """List of B str -> tokens (B, L), token_mask (B, L) bool, padded on the right.
+        """List of B str -> tokens (B, L), token_mask (B, L) bool on the CPU, padded on the right.
 
         state (B, S) normalised: pi0.5 with discrete_state_input reads it in its prompt, in 256
         bins. prompt: another format than the checkpoint's, with {instruction} in it.
@@ -426,53 +388,46 @@ class Pi0Network(nn.Module):
                 "PaliGemma's there (from google/paligemma-3b-pt-224, whose licence has to be "
                 "accepted first), or name it with --tokenizer FILE"
             )
-        rows = []
+        rows, limit = [], self.config["max_token_len"]
         for i, instruction in enumerate(instructions):
-            if prompt:
-                pieces = [prompt.format(instruction=instruction)]
-            else:
-                pieces = self.prompt_pieces(instruction, None if state is None else state[i])
-            key = tuple(pieces)
-            if key not in self.prompt_ids:
-                ids = self.tokenizer(pieces[0])
-                ids += [i for piece in pieces[1:] for i in self.tokenizer(piece)[1:]]
-                limit = self.config["max_token_len"]
-                if len(ids) > limit:
-                    raise Fault(f"the prompt {pieces} has {len(ids)} tokens, more than {limit}")
-                self.prompt_ids[key] = ids
-            rows.append(self.prompt_ids[key])
-        length = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
-        mask = [[True] * len(row) + [False] * (length - len(row)) for row in rows]
-        return tokens, torch.tensor(mask)
+            pieces = self.prompt_pieces(instruction, None if state is None else state[i], prompt)
+            ids = self.tokenizer(pieces[0])
+            ids += [i for piece in pieces[1:] for i in self.tokenizer(piece)[1:]]  # one BOS
+            if len(ids) > limit:
+                raise Fault(f"the prompt {pieces} has {len(ids)} tokens, more than {limit}")
+            rows.append(ids)
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return tokens.to(self.device), torch.arange(tokens.shape[1]) < lengths[:, None]
 
-    def use_norm_stats(self, key):
+    def use_norm_stats(self, key, file="norm_stats"):
         """Choose the data set whose statistics scale states and actions: by mean and std for pi0,
         quantiles for pi0.5."""
         self.unnorm_key, self.centers_and_scales = key, {}
         names = ("q01", "q99") if self.pi05 else ("mean", "std")
-        where, stats = f"{self.stats_file}, {key}", self.config["norm_stats"][key]
+        where, stats = f"{file}, {key}", self.config["norm_stats"][key]
         for name in ("actions", "state") if self.reads_state else ("actions",):
             low, high = columns(stats, where, name, names)
-            rows = list(zip(low.tolist(), high.tolist()))
+            n = min(len(low), len(high))
+            both = torch.stack([low[:n], high[:n]], 1)  # (n, 2)
             if name == "actions":
                 dims = self.config["action_env_dim"]
                 # beyond them openpi pads up to the model's width, always with the same numbers
-                if len(rows) < dims or len(set(rows[dims:])) > 1:
+                if len(both) < dims or (both[dims:] != both[-1]).any():
                     raise Fault(
-                        f"{where}: {len(rows)} dimensions of actions, not {dims}: another robot's?"
+                        f"{where}: {len(both)} dimensions of actions, not {dims}: another robot's?"
                     )
             else:  # how many there are shows when there is a state; padding is 0
-                dims = max((i + 1 for i, row in enumerate(rows) if any(row)), default=0)
-            low, high = low[:dims], high[:dims]
-            check_columns(where, name, names, (low, high))
+                dims = max((i + 1 for i, pair in enumerate(both) if pair.any()), default=0)
+            low, high = both[:dims].unbind(1)
             spread = high - low if self.pi05 else high
-            if (spread <= 0).any():
-                dim, what = int((spread <= 0).nonzero()[0]), "q99 - q01" if self.pi05 else "std"
-                raise Fault(
-                    f"{where}: dimension {dim} of {name} has no spread ({what} is "
-                    f"{spread[dim].item():g}), so it cannot be scaled; widen it there"
-                )
+            for dim, x in enumerate(spread.tolist()):
+                if x <= 0:
+                    what = "q99 - q01" if self.pi05 else "std"
+                    raise Fault(
+                        f"{where}: dimension {dim} of {name} has no spread ({what} is {x:g}), so "
+                        "it cannot be scaled; widen it there"
+                    )
             scale = (spread + 1e-6) / 2 if self.pi05 else spread + 1e-6
             self.centers_and_scales[name] = (low + scale if self.pi05 else low, scale)
 
@@ -513,33 +468,28 @@ class Pi0Network(nn.Module):
 
     def see(self, images):
         """(n, 3, S, S) in [-1, 1] -> (n, patches, W): SigLIP and the projector."""
-        model = self.paligemma_with_expert["paligemma"]["model"]
-        tower = model["vision_tower"]["vision_model"]
-        position = tower["embeddings"]["position_embedding"].weight
-        x = tower["embeddings"]["patch_embedding"](images.to(position.dtype))
-        x = (x.flatten(2).transpose(1, 2) + position).to(self.dtype)  # embeddings are float32
-        for layer in tower["encoder"]["layers"]:
+        embeddings = self.tower["embeddings"]  # in float32
+        position = embeddings["position_embedding"].weight
+        x = embeddings["patch_embedding"](images.to(position.dtype))
+        x = (x.flatten(2).transpose(1, 2) + position).to(self.dtype)
+        for layer in self.tower["encoder"]["layers"]:
             x = forward_layer(layer, x, self.gradient_checkpointing, attention_mask=None)
-        return model["multi_modal_projector"]["linear"](tower["post_layernorm"](x))
+        norm, projector = self.vision_parts()
+        return projector(norm(x))
 
     def prefix(self, images, image_masks, tokens, token_mask):
         """What the actions are conditioned on. images (B, C, 3, S, S) in [-1, 1] of C cameras,
         image_masks (B, C) bool, tokens (B, L) ids, token_mask (B, L) bool -> Prefix of [camera 0 |
-        camera 1 ... | prompt].
+        camera 1 ... | prompt]. The masks may be on the CPU.
 
-        Cameras that no sample has and padding beyond the longest prompt are not computed at all:
-        nothing attends to them (openpi computes all three cameras and all 200 tokens, 3.3 times the
-        arithmetic).
+        Cameras that no sample has and padding beyond the longest prompt are not computed at all
+        (openpi computes three cameras and 200 tokens, 3.3 times the arithmetic).
         """
         cameras, words = image_masks.any(0), token_mask.any(0)
-        there, token_mask = image_masks[:, cameras], token_mask[:, words]
-        return self.read(images[:, cameras], there, tokens[:, words], token_mask)
-
-    def read(self, images, there, tokens, token_mask):
-        """`prefix` of cameras and tokens that some sample has. The masks may be on the CPU."""
-        paligemma = self.paligemma_with_expert["paligemma"]
+        images, there = images[:, cameras], image_masks[:, cameras]
+        tokens, token_mask = tokens[:, words], token_mask[:, words]
         seen = self.see(images.flatten(0, 1)).unflatten(0, there.shape)  # (B, C, T, W)
-        words = paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5
+        words = self.paligemma["lm_head"](tokens) * self.config["vlm_width"] ** 0.5
         x = torch.cat([seen.flatten(1, 2), words], 1)
         mask = torch.cat([there.repeat_interleave(seen.shape[2], 1), token_mask], 1)
         mask = mask.to(x.device)  # (B, P)
@@ -549,9 +499,10 @@ class Pi0Network(nn.Module):
             "position_embeddings": self.rotary(mask.cumsum(1) - 1, x),  # padding does not count
             "past_key_values": kv,
         }
-        for layer in paligemma["model"]["language_model"]["layers"]:
+        gemma = self.paligemma["model"]["language_model"]
+        for layer in gemma["layers"]:
             x = forward_layer(layer, x, self.gradient_checkpointing, **inputs)
-        return Prefix(paligemma["model"]["language_model"]["norm"](x), mask, kv)
+        return Prefix(gemma["norm"](x), mask, kv)
 
     def observe(self, obs, instructions, prompt=None):
         """-> Prefix, state (B, D) or None."""
@@ -562,11 +513,11 @@ class Pi0Network(nn.Module):
             in_prompt = state[:, : obs["state"].shape[1]]
         images = self.preprocess(obs["rgb"])[:, None]  # one camera
         there = torch.ones(len(images), 1, dtype=torch.bool)
-        return self.read(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
+        return self.prefix(images, there, *self.tokenize(instructions, prompt, in_prompt)), state
 
     def time_embedding(self, t):
-        """(B,) -> (B, W) sines and cosines. In float64: the fastest has a frequency of 1571, and
-        float32 is 3e-4 off in v."""
+        """(B,) -> (B, W) sines and cosines. The fastest has a frequency of 1571: float32 would be
+        3e-4 off in v."""
         low, high = self.config["time_min_period"], self.config["time_max_period"]
         count = self.config["exp_width"] // 2
         fraction = torch.linspace(0, 1, count, dtype=torch.float64, device=t.device)
@@ -619,16 +570,11 @@ class Pi0Network(nn.Module):
 
     # ---------------------------------------------------------- what sft.py teaches besides actions
     def look(self, rgb):
-        """A pass through the modules of `vision_parts`, and no further."""
         self.see(self.preprocess(rgb))
 
     def vision_parts(self):
-        """The modules whose outputs are the patch features (B, n, D): of the tower; as Gemma gets
-        them."""
-        model = self.paligemma_with_expert["paligemma"]["model"]
-        tower = model["vision_tower"]["vision_model"]
-        return [tower["post_layernorm"], model["multi_modal_projector"]["linear"]]
+        projector = self.paligemma["model"]["multi_modal_projector"]["linear"]
+        return [self.tower["post_layernorm"], projector]
 
     def word_embeddings(self):
-        """(vocabulary, W)."""
-        return self.paligemma_with_expert["paligemma"]["lm_head"].weight
+        return self.paligemma["lm_head"].weight

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from backbones.files import one_line
 from runtime import Fault
 
 # The objects of both asset packs, and the words of the prompts
@@ -23,8 +24,7 @@ FLAT_VOCAB = ["<pad>", "<s>", "<unk>", "<out>", *_FLAT_WORDS.split()]
 
 
 class WordTokenizer:
-    """One id per word of a small vocabulary; a prompt ends in <out> as Llama's ends in token
-    29871."""
+    """One id per word of a small vocabulary. A prompt ends in <out>, as Llama's in token 29871."""
 
     def __init__(self, words):
         self.ids = {word: i for i, word in enumerate(words)}
@@ -46,7 +46,7 @@ def open_tokenizer(file):
     except Exception as error:  # the library raises nothing narrower
         raise Fault(
             f"{file} is no tokenizer.json that the installed tokenizers library reads "
-            f"({' '.join(str(error).split())[:100]}); a SentencePiece model is none, either"
+            f"({one_line(error)}); a SentencePiece model is none, either"
         ) from None
 
 
@@ -81,8 +81,8 @@ class PaliGemmaTokenizer:
 
 
 def read_tokenizer(tokenizer_class, file, config, folders):
-    """-> tokenizer, its file; both are None where there is none. file: the user's choice; None:
-    tokenizer.json of the first folder that has one."""
+    """-> tokenizer, its file; both are None where there is none. file: the user's choice, before
+    the tokenizer.json of the first folder that has one."""
     if file and not Path(file).is_file():
         raise Fault(f"--tokenizer {file}: there is no such file; give a tokenizer.json")
     if "_word_vocab" in config:

@@ -1,5 +1,4 @@
 """Asset pack `builtin`: a Panda, 25 objects and 21 tables made of primitives and arithmetic.
-Nothing to download.
 
 `BuiltinPack` has what a pack declares: robot, camera, rates, counts, lights, how objects, plate and
 tables are made, and a scripted oracle.
@@ -112,10 +111,9 @@ OBJECTS = [
 GRASP_POINTS = {"pink L": [0.012, -0.025, 0]}
 
 
-def table_texture(index: int, size: int = 256) -> np.ndarray:
-    """Table top number `index`: uint8 (size, size, 3), a pure function of the index (7 patterns, 21
-    pairs of colours)."""
-    rng = np.random.default_rng(1000 + index)
+def table_texture(index: int) -> np.ndarray:
+    """Table top number `index`, (256, 256, 3) uint8: 7 patterns, each in 3 pairs of colours."""
+    rng, size = np.random.default_rng(1000 + index), 256
     y, x = np.mgrid[0:size, 0:size] / size
     hue, freq = (index * 0.381966) % 1.0, rng.integers(10, 20)
     first = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.9)))
@@ -152,8 +150,8 @@ URDF_FOLDER = tempfile.TemporaryDirectory(prefix="pair_vla_")
 def light_panda_urdf() -> str:
     """Path of a Panda whose visual meshes are its 2 k-triangle collision meshes.
 
-    The original ones have 136 k triangles, which cost about 40 ms a frame on a CPU renderer. The
-    srdf must lie beside the urdf: without it adjacent links collide with each other.
+    The original ones have 136 k, about 40 ms a frame on a CPU renderer. The srdf must lie beside
+    the urdf: without it adjacent links collide with each other.
     """
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
     tree = ElementTree.parse(source)
@@ -187,16 +185,14 @@ class BuiltinPack:
     camera in front of the robot, steps of up to 6 cm and episodes of 20 steps instead of the
     paper's 3 cm and 80."""
 
-    name = "builtin"
     robot_uid = "panda_light"
     robot_look = {}  # of its render materials
     base_pose = sapien.Pose([0.30, 0.028, 0.870], [0, 0, 0, 1])
     init_qpos = np.array([0.0408, -0.2736, 0.0411, -2.8293, 0.0237, 2.523, 0.8458, 0.04, 0.04])
     camera_eye, camera_at = np.array([-0.62, 0.0, 1.36]), np.array([-0.15, 0.0, 0.945])
-    camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 96
     camera_shape = None  # no pixels of its own: drawn square, at any size
-    sim_freq, control_freq = 100, 5
+    sim_freq = 100
     max_episode_steps = 20
     # Steps of unbroken grasp that earn the consecutive-grasp reward (RL4VLA: 5 of its shorter ones)
     grasp_streak = 2
@@ -209,7 +205,7 @@ class BuiltinPack:
     # The first is for training. DEVIATION: the others are nearer to it than rl4vla's. A policy that
     # has seen one light in a few thousand episodes sees nothing under the strongest ones.
     lights = [Light(), *held_out_lights(0.3)]
-    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.012]), TABLE_Z + 0.008
+    plate_radius, plate_height, plate_spawn_z = 0.055, 0.012, TABLE_Z + 0.008
     settles_again = False
     floor = [0.35, 0.36, 0.38, 1]
 
@@ -233,8 +229,8 @@ class BuiltinPack:
         return torch.cat([unit[:, 0, :2], unit[:, 1, :2], unit[:, 2]], 1)
 
     def fault(self) -> str:
-        """What is the matter with the pack's files; empty if nothing is."""
-        return ""  # everything is in this file and in mani_skill's wheel
+        """What is the matter with the pack's files: nothing, they are in mani_skill's wheel."""
+        return ""
 
     def clean_up(self):
         URDF_FOLDER.cleanup()
@@ -262,14 +258,8 @@ class BuiltinPack:
             rgba = [*(c**2.2 for c in COLORS[color]), 1]
             look = RenderMaterial(base_color=rgba, roughness=0.6, specular=0.3)
             args = (dims,) if kind == "box" else dims  # a box takes its half sizes as one argument
-            add_collision, add_visual = {
-                "box": (builder.add_box_collision, builder.add_box_visual),
-                "sphere": (builder.add_sphere_collision, builder.add_sphere_visual),
-                "cylinder": (builder.add_cylinder_collision, builder.add_cylinder_visual),
-                "capsule": (builder.add_capsule_collision, builder.add_capsule_visual),
-            }[kind]
-            add_collision(pose, *args, material=material, density=600)
-            add_visual(pose, *args, material=look)
+            getattr(builder, f"add_{kind}_collision")(pose, *args, material=material, density=600)
+            getattr(builder, f"add_{kind}_visual")(pose, *args, material=look)
 
     def build_plate(self, builder, material):
         for radius, z, shade in (
@@ -295,15 +285,14 @@ class BuiltinPack:
         return materials
 
     def photos(self, height: int, width: int):
-        """Photographs of tables behind the scene: none, because the tables here are surfaces."""
-        return None
+        """Of tables, behind the scene: none, because the tables here are surfaces."""
 
     def oracle(self, scene) -> np.ndarray:
         """One action (7,) float32 from privileged state: reach, turn, descend, close, lift, carry,
         lower, let go.
 
-        Stateless: every phase is decided from what the scene looks like now, so a policy that sees
-        one frame can copy it.
+        Every phase is decided from what the scene looks like now, so that a policy that sees one
+        frame can copy it.
         """
         tcp, plate = scene.tcp_entity.pose.p, scene.plate_entity.pose.p
         target, half = scene.target_entity.pose.p, scene.target_half_z

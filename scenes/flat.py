@@ -1,9 +1,8 @@
 """Flatland: the paper's task in 32 x 32 pixels, drawn by numpy: no simulator, no GPU, no files.
 
-A hand moves over a table, picks up the target that the instruction names, and carries it to the
-plate. The hand grasps what it touches, and it grasps nothing but the target. The plate takes the
-target from the hand. Splits, the mask M, both views and the reward are those of the simulator's
-worlds (Appendix B), so every file of the method runs on it unchanged.
+A hand moves over a table, grasps the target that the instruction names when it touches it, and
+carries it to the plate, which takes it. The hand grasps nothing else. Splits, the mask M, both
+views and the reward are those of the simulator's worlds (Appendix B).
 
 All environments are drawn at once. A pixel is a uint32: three bytes of colour, and a fourth that is
 255 on the hand, the target and the plate. That fourth byte is M.
@@ -58,19 +57,18 @@ def texture(i: int) -> np.ndarray:
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     first = rng.integers(90, 166, 3)
     colours = np.stack([first, first + rng.uniform(-50, 50, 3).astype(int)])  # muted
-    a, b, phase, u, v = (
-        rng.uniform(1, 4),
-        rng.uniform(1, 4),
-        rng.uniform(0, 6),
-        rng.uniform(),
-        rng.uniform(),
-    )
-    weight = (
-        lambda: (np.sin(2 * np.pi * (a * x + b * y) + phase) + 1) / 2,
-        lambda: (np.floor(x * (a + 3)) + np.floor(y * (b + 3))) % 2,
-        lambda: (np.sin(2 * np.pi * (a + 1) * np.hypot(x - u, y - v)) + 1) / 2,
-        lambda: np.kron(rng.uniform(size=(8, 8)), np.ones((SIZE // 8, SIZE // 8))),
-    )[i % 4]()[..., None]
+    a, b = rng.uniform(1, 4, 2)
+    phase = rng.uniform(0, 6)
+    u, v = rng.uniform(size=2)
+    if i % 4 == 0:
+        weight = (np.sin(2 * np.pi * (a * x + b * y) + phase) + 1) / 2
+    elif i % 4 == 1:
+        weight = (np.floor(x * (a + 3)) + np.floor(y * (b + 3))) % 2
+    elif i % 4 == 2:
+        weight = (np.sin(2 * np.pi * (a + 1) * np.hypot(x - u, y - v)) + 1) / 2
+    else:
+        weight = np.kron(rng.uniform(size=(8, 8)), np.ones((SIZE // 8, SIZE // 8)))
+    weight = weight[..., None]
     return (colours[0] * (1 - weight) + colours[1] * weight).astype(np.uint8)
 
 
@@ -87,21 +85,18 @@ def light_gains() -> np.ndarray:
 
 
 class FlatPack:
-    """What there is. The first TRAIN_... of each are for training, the rest is held out."""
+    """What there is. The first train_... of each are for training, the rest is held out."""
 
-    name, image_size, max_episode_steps = "flat", SIZE, 6
-    kinds = list(
-        map(tuple, np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS]))
-    )
+    image_size, max_episode_steps = SIZE, 6
+    kinds = np.random.default_rng(3).permutation([(c, s) for s in SHAPES for c in COLOURS])
     names = [" ".join(kind) for kind in kinds]
-    train_objects, train_tables, train_lights, num_tables = 16, 16, 1, 21
+    train_objects, train_tables, num_tables = 16, 16, 21
     largest_move = METRES  # of the oracle in one step
     textures = np.stack([texture(i) for i in range(21)])
     lights = light_gains()
 
-    def fault(self):
-        """Nothing can be missing."""
-        return None
+    def fault(self) -> str:
+        return ""  # nothing can be missing
 
     def answers(self, places: torch.Tensor) -> torch.Tensor:
         """What sft.py teaches to say to "where is X": the move towards it, on the actions' scale.
@@ -113,18 +108,14 @@ class FlatPack:
 
 
 PACK = FlatPack()
-TABLES = np.pad(
-    pixels(PACK.textures, False), ((0, 0), (PAD, PAD), (PAD, PAD))
-)  # (21, SIZE + 2 PAD, SIZE + 2 PAD)
+# (21, SIZE + 2 PAD, SIZE + 2 PAD)
+TABLES = np.pad(pixels(PACK.textures, False), ((0, 0), (PAD, PAD), (PAD, PAD)))
 SPRITES = np.stack([SHAPES[shape] for _, shape in PACK.kinds])  # (25, 7, 7) bool
 PAINT = np.array([COLOURS[colour] for colour, _ in PACK.kinds])  # (25, 3)
 WHITE, BLACK = pixels((245, 245, 245), True), pixels((20, 20, 20), True)
-WIDE = np.stack(np.meshgrid(*[np.arange(3, SIZE - 3)] * 2, indexing="ij"), -1).reshape(
-    -1, 2
-)  # (676, 2) where things may lie
-SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(
-    1
-)  # in training; the rest is the ring of the split `pose`
+# Where things may lie, (676, 2), and which of that is for training; the rest is the split `pose`
+WIDE = np.mgrid[3 : SIZE - 3, 3 : SIZE - 3].reshape(2, -1).T
+SQUARE = ((WIDE >= 6) & (WIDE < SIZE - 6)).all(1)
 
 
 def chance(*key) -> np.ndarray:
@@ -148,40 +139,27 @@ def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
     ids = np.asarray(episode_ids, np.int64)[:, None]
     count = np.array([s.distractors for s in splits])
     target = (chance(ids, 0) * PACK.train_objects).astype(int)  # (N, 1)
-    others = chance(ids, 1, np.arange(PACK.train_objects)) + (
-        np.arange(PACK.train_objects) == target
-    )
-    others, strange = (
-        others.argsort(1),
-        PACK.train_objects + chance(ids, 2, np.arange(25 - PACK.train_objects)).argsort(1),
-    )
+    known = np.arange(PACK.train_objects)
+    others = (chance(ids, 1, known) + (known == target)).argsort(1)  # the target is the last
+    strange = len(known) + chance(ids, 2, np.arange(len(PACK.names) - len(known))).argsort(1)
     k = np.arange(max(count, default=0))  # which distractor
-    known = (count - count // 2 * np.array([s.held_out_objects for s in splits]))[
-        :, None
-    ]  # how many are of training
-    kinds = np.where(
-        k < known, others[:, : len(k)], np.take_along_axis(strange, np.maximum(k - known, 0), 1)
-    )
+    held_out = count // 2 * np.array([s.held_out_objects for s in splits])
+    num_known = (count - held_out)[:, None]
+    strange = np.take_along_axis(strange, np.maximum(k - num_known, 0), 1)
+    kinds = np.where(k < num_known, others[:, : len(k)], strange)
     kinds = np.where(k < count[:, None], kinds, -1)
 
     # Each thing takes the point farthest from the others, up to GAP: of the square, else any
     ring = np.array([s.held_out_poses for s in splits])[:, None]
-    at, nearest = (
-        [],
-        np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1)),
-    )  # (N, 676)
+    at, nearest = [], np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1))
     for thing in range(2 + len(k)):  # plate, target, distractors
         wanted = (SQUARE ^ ring if thing == 1 else SQUARE) * (100.0 if thing < 3 else 0.5)
-        point = WIDE[
-            (nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2).argmax(1)
-        ]
+        wanted = nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2  # (N, 676)
+        point = WIDE[wanted.argmax(1)]
         at.append(point)
         nearest = np.minimum(nearest, abs(WIDE - point[:, None]).max(2))
-    table = np.where(
-        [s.held_out_tables for s in splits],
-        16 + chance(ids, 20)[:, 0] * 5,
-        chance(ids, 21)[:, 0] * 16,
-    )
+    table = chance(ids, 21)[:, 0] * 16
+    table = np.where([s.held_out_tables for s in splits], 16 + chance(ids, 20)[:, 0] * 5, table)
     light = np.where([s.held_out_lights for s in splits], 1 + chance(ids, 22)[:, 0] * 20, 0)
     return dict(
         objects=np.concatenate([target, kinds], 1),
@@ -199,14 +177,14 @@ def stamp(canvas, where, sprites, colour):
 
 
 class FlatEnvs:
-    """N environments, all at the same step of their episodes, as scenes/workers.py has them.
+    """N environments, all at the same step of their episodes, with VecEnv's interface
+    (scenes/workers.py).
 
     parse_split: name -> envs.Split. views: which of rgb_alt (the target elsewhere) and rgb_pre
     (another table of training, no distractors) are drawn as well.
     """
 
-    pack, num_workers = PACK, 1
-    image_size, max_episode_steps = PACK.image_size, PACK.max_episode_steps
+    pack, max_episode_steps = PACK, PACK.max_episode_steps
     alter_sigma = 6.0  # pixels: what Eq. (3) moves the target by
 
     def __init__(self, num_envs: int, parse_split, views=()):
@@ -214,22 +192,18 @@ class FlatEnvs:
         self.instructions, self.view_seconds = [], 0.0
 
     def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
-        """Start one episode per environment. split: one name, or N. rebuild: means nothing here."""
+        """See VecEnv.reset. rebuild means nothing here."""
         splits = [split] * self.num_envs if isinstance(split, str) else list(split)
         assert len(episode_ids) == len(splits) == self.num_envs
         known = {name: self.parse_split(name) for name in set(splits)}
         if any(s.cameras != (0.0,) for s in known.values()):
-            raise Fault(
-                "--assets flat has no camera that turns: leave --pre-view camera and its splits out"
-            )
+            leave = "leave --pre-view camera and its splits out"
+            raise Fault(f"--assets flat has no camera that turns: {leave}")
         episode = sample_episodes(episode_ids, [known[name] for name in splits])
         self.episode, self.ids = episode, np.asarray(episode_ids, np.int64)
         self.alter_seed, self.elapsed = alter_seed, 0
-        self.target, self.table, self.light = (
-            episode["objects"][:, 0],
-            episode["table"],
-            episode["light"],
-        )
+        self.target = episode["objects"][:, 0]
+        self.table, self.light = episode["table"], episode["light"]
         self.instructions = [f"put {PACK.names[i]} on plate" for i in self.target]
         self.plate, self.at = episode["at"][:, 0].astype(float), episode["at"][:, 1].astype(float)
         self.hand = np.tile(np.float64(START), (self.num_envs, 1))
@@ -239,16 +213,12 @@ class FlatEnvs:
         self.still = TABLES[self.table]  # what does not move in an episode is drawn once
         stamp(self.still, self.plate, PLATE, WHITE)
         for kind, where in zip(episode["objects"].T[1:], episode["at"].swapaxes(0, 1)[2:]):
-            stamp(
-                self.still,
-                where,
-                SPRITES[kind] & (kind >= 0)[:, None, None],
-                pixels(PAINT[kind], False),
-            )
+            shown = SPRITES[kind] & (kind >= 0)[:, None, None]
+            stamp(self.still, where, shown, pixels(PAINT[kind], False))
         return self.look()
 
     def step(self, actions: torch.Tensor):
-        """Carry out a chunk of actions (N, chunk, 7): the first two move along rows and columns."""
+        """See VecEnv.step. The first two numbers of an action move along rows and columns."""
         actions = actions[:, : self.max_episode_steps - self.elapsed].cpu().double().numpy()
         for action in actions.swapaxes(0, 1):
             self.hand = np.clip(self.hand + action[:, :2] * (MOVE / METRES), 0, SIZE - 1)
@@ -266,12 +236,8 @@ class FlatEnvs:
         info = dict(success=self.success, success_once=self.success, grasped=self.best_streak >= 1)
         info = {name: torch.from_numpy(value.copy()) for name, value in info.items()}
         info["episode_return"] = torch.from_numpy(total).float()
-        return (
-            self.look(),
-            reward,
-            torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps),
-            info,
-        )
+        done = torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps)
+        return self.look(), reward, done, info
 
     def look(self) -> dict:
         rgb, mask = self.draw(self.still.copy(), self.at)
@@ -279,19 +245,14 @@ class FlatEnvs:
         state[:, :2], state[:, 2] = self.hand / SIZE, self.held
         obs, begin = dict(rgb=rgb, mask=mask, state=state), time.perf_counter()
         if "rgb_alt" in self.views:
-            u, angle = chance(
-                self.alter_seed, self.ids, self.elapsed, [[0], [1]]
-            )  # Box and Muller: two normal numbers
-            away = (
-                self.alter_sigma
-                * np.sqrt(-2 * np.log1p(-u))
-                * [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
-            )
+            # Box and Muller: two normal numbers
+            u, angle = chance(self.alter_seed, self.ids, self.elapsed, [[0], [1]])
+            direction = [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
+            away = self.alter_sigma * np.sqrt(-2 * np.log1p(-u)) * direction
             obs["rgb_alt"] = self.draw(self.still.copy(), np.clip(self.at + away.T, 3, SIZE - 4))[0]
         if "rgb_pre" in self.views:
-            bare = TABLES[
-                (chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables).astype(int)
-            ]
+            table = chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables
+            bare = TABLES[table.astype(int)]
             stamp(bare, self.plate, PLATE, WHITE)
             obs["rgb_pre"] = self.draw(bare, self.at)[0]
         self.view_seconds += time.perf_counter() - begin
@@ -301,11 +262,8 @@ class FlatEnvs:
         """Target at `at` and hand on the canvas -> (N, SIZE, SIZE, 3) uint8, M (N, SIZE, SIZE)."""
         stamp(canvas, at, SPRITES[self.target], pixels(PAINT[self.target], True))
         stamp(canvas, self.hand, HAND, BLACK)
-        canvas = (
-            np.ascontiguousarray(canvas[:, PAD:-PAD, PAD:-PAD])
-            .view(np.uint8)
-            .reshape(-1, SIZE, SIZE, 4)
-        )
+        canvas = np.ascontiguousarray(canvas[:, PAD:-PAD, PAD:-PAD])
+        canvas = canvas.view(np.uint8).reshape(-1, SIZE, SIZE, 4)
         rgb, mask = np.ascontiguousarray(canvas[..., :3]), canvas[..., 3] > 0
         if self.light.any():
             rgb = (rgb * PACK.lights[self.light]).clip(0, 255).astype(np.uint8)
@@ -340,9 +298,6 @@ class FlatEnvs:
         actions[:, 0, :2] = np.clip((goal - self.hand) / MOVE, -1, 1) * METRES
         actions[:, 0, 6] = 1.0
         return torch.from_numpy(actions)
-
-    def close(self):
-        pass
 
     def __enter__(self):
         return self

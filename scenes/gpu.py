@@ -1,8 +1,7 @@
-"""N scenes in one process with PhysX on the GPU: what `--sim cuda` runs instead of worker
-processes.
+"""N scenes in one process with PhysX on the GPU: what `--sim cuda` runs.
 
-The same episodes, rules and views as scenes/task.py; only how they are computed differs, in batches
-of N on the GPU. Where ManiSkill's `physx_cuda` forbids something, this is the way around:
+The same episodes, rules and views as scenes/task.py, in batches of N. Where ManiSkill's
+`physx_cuda` forbids something, this is the way around:
 
 - what is drawn is read from `px.cuda_rigid_body_data`, which PhysX does not read back: a view is a
   write of poses to that buffer, a picture, and the old poses again (`drawn`). Nothing can be
@@ -12,24 +11,22 @@ of N on the GPU. Where ManiSkill's `physx_cuda` forbids something, this is the w
   kinematics.
 - all scenes settle together, so each gets the longest time that any may need.
 
-OPEN: this file has run on a CPU with one scene (tests/test_gpu.py compares it with scenes/task.py),
-not yet on a GPU.
+OPEN: this file has not yet run on a GPU. tests/test_gpu.py compares one scene of it on a CPU with
+scenes/task.py.
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import sapien
 import torch
 from mani_skill.utils.structs import Pose
-from sapien.render import RenderBodyComponent
 
 from runtime import LOCAL_RANK
 from scenes.task import TABLE_Z, PutOnPlate, moved, resized
-from scenes.workers import view_stream
+from scenes.workers import VecEnv
 
 BELOW = torch.tensor([0, 0, -50.0, 1, 0, 0, 0])  # where nobody sees it
 
@@ -45,13 +42,16 @@ class PutOnPlates(PutOnPlate):
 
     parking_x = 4.0  # out of every camera's sight, because nothing can be hidden
 
+    def backends(self) -> dict:
+        gpu = f"cuda:{LOCAL_RANK}"
+        return dict(sim_backend=f"physx_{gpu}", render_backend=f"sapien_{gpu}")
+
     def _load_lighting(self, options):
         episodes = options["episodes"] if "episodes" in options else [None] * self.num_envs
         self.lights_now = [0 if e is None else e.light for e in episodes]
         for i, light in enumerate(self.pack.lights[index] for index in self.lights_now):
             self.scene.sub_scenes[i].render_system.ambient_light = list(light.ambient)
-            directions = (light.key_direction, *light.fill_directions)
-            for direction, color in zip(directions, (light.key, light.fill, light.fill)):
+            for direction, color in light.lamps:
                 self.scene.add_directional_light(list(direction), list(color), scene_idxs=[i])
 
     def _after_reconfigure(self, options):
@@ -79,17 +79,19 @@ class PutOnPlates(PutOnPlate):
 
     # ------------------------------------------------------------------------------------ episode
     def _lay_out(self):
-        pack, episodes = self.pack, self.episodes
+        def put(actor, poses):
+            actor.set_pose(Pose.create(poses, device=self.device))
+
+        episodes, pack = self.episodes, self.pack
         parked = {i: self._parked(i) for i in range(len(self.objects))}
         places = [parked | self.poses_on_table(e) for e in episodes]
         for i, actor in enumerate(self.objects):
-            self._put(actor, raw(place[i] for place in places))
-        self._put(self.plate, raw(sapien.Pose([*e.plate_xy, pack.plate_spawn_z]) for e in episodes))
-        cameras = raw(self.camera_pose(e.camera_deg) for e in episodes)
-        self.camera_mount.set_pose(Pose.create(cameras, device=self.device))
+            put(actor, raw(place[i] for place in places))
+        put(self.plate, raw(sapien.Pose([*e.plate_xy, pack.plate_spawn_z]) for e in episodes))
+        put(self.camera_mount, raw(self.camera_pose(e.camera_deg) for e in episodes))
         self.tables = torch.tensor([e.table for e in episodes], device=self.device)
         for actor, poses in self._table_poses(self.tables):
-            actor.set_pose(Pose.create(poses, device=self.device))
+            put(actor, poses)
         self._settle()
         rotation = self.of_target(lambda actor: actor.pose.to_transformation_matrix()[:, :3, :3])
         sizes = torch.tensor(np.float32([pack.sizes[e.target] for e in episodes]))
@@ -102,20 +104,12 @@ class PutOnPlates(PutOnPlate):
         for n, e in enumerate(episodes):
             self.keep[n, self.objects[e.target]._objs[n].per_scene_id] = True
 
-    def _put(self, actor, poses: torch.Tensor):
-        """Bodies at poses (N, 7), at rest."""
-        actor.set_pose(Pose.create(poses, device=self.device))
-        actor.set_linear_velocity(torch.zeros(self.num_envs, 3))
-        actor.set_angular_velocity(torch.zeros(self.num_envs, 3))
-
     def _run_physics(self):
-        if self.gpu_sim_enabled:
-            self.scene._gpu_apply_all()
-            self.scene.px.gpu_update_articulation_kinematics()
+        self.scene._gpu_apply_all()
+        self.scene.px.gpu_update_articulation_kinematics()
         for _ in range(int((0.3 + self.pack.settles_again) * self.pack.sim_freq)):
             self.scene.step()
-        if self.gpu_sim_enabled:
-            self.scene._gpu_fetch_all()
+        self.scene._gpu_fetch_all()
 
     def of_target(self, read) -> torch.Tensor:
         """read(actor) (N, ...) of the actor that is the target in each scene."""
@@ -128,10 +122,6 @@ class PutOnPlates(PutOnPlate):
     def contact_forces(self) -> torch.Tensor:
         """(N, 3, 3) newtons that the two fingers and the plate exert on the target."""
         others, px = [*self.fingers, self.plate], self.scene.px
-        if not self.gpu_sim_enabled:
-            target = self.objects[self.episode.target]
-            force = self.scene.get_pairwise_contact_forces
-            return torch.stack([force(target, other) for other in others], 1)
         if self.contact_query is None:  # one for all pairs of all scenes, made once an episode
             targets = [self.objects[e.target]._bodies[n] for n, e in enumerate(self.episodes)]
             pairs = [(body, other._bodies[n]) for n, body in enumerate(targets) for other in others]
@@ -215,7 +205,7 @@ class PutOnPlates(PutOnPlate):
         return self.drawn([(self.camera_mount, raw(map(self.camera_pose, degrees)))])
 
     def empty_tables(self, tables: list[int]) -> np.ndarray:
-        """(len(tables), H, W, 3) uint8, of scene 0."""
+        """(K, H, W, 3) uint8, of scene 0."""
         assert self.lights_now[0] == 0, "under the training light"
         below = BELOW.repeat(self.num_envs, 1)
         pictures = []
@@ -232,87 +222,42 @@ class PutOnPlates(PutOnPlate):
     def drawn(self, bodies):
         """Draw bodies elsewhere: pairs of an actor or link and its poses (N, 7). Physics is not
         touched."""
-        bodies = list(bodies)
-        if self.gpu_sim_enabled:
-            data = self.scene.px.cuda_rigid_body_data.torch()
-            before = [data[body._body_data_index, :7].clone() for body, _ in bodies]
-            for body, poses in bodies:
-                data[body._body_data_index, :7] = poses.to(data)
-            try:
-                yield
-            finally:
-                for (body, _), poses in zip(bodies, before):
-                    data[body._body_data_index, :7] = poses
-            return
-        with ExitStack() as stack:
-            for body, poses in bodies:
-                entity = getattr(body._objs[0], "entity", body._objs[0])
-                pose = sapien.Pose(poses[0, :3].numpy(), poses[0, 3:].numpy())
-                if entity.find_component_by_type(RenderBodyComponent) is not None:
-                    stack.enter_context(self.drawn_at(entity, pose))
-                elif body is self.camera_mount:
-                    stack.callback(setattr, entity, "pose", entity.pose)
-                    entity.pose = pose
+        bodies, data = list(bodies), self.scene.px.cuda_rigid_body_data.torch()
+        before = [data[body._body_data_index, :7].clone() for body, _ in bodies]
+        for body, poses in bodies:
+            data[body._body_data_index, :7] = poses.to(data)
+        try:
             yield
+        finally:
+            for (body, _), poses in zip(bodies, before):
+                data[body._body_data_index, :7] = poses
 
 
-class CudaVecEnv:
+class CudaVecEnv(VecEnv):
     """VecEnv's interface on N scenes in this process. Tensors stay on the simulator's device."""
 
-    num_workers = 1
+    elapsed = property(lambda self: self.env.elapsed)
+    view_seconds = property(lambda self: self.env.view_seconds)
 
-    def __init__(self, num_envs, pack, image_size, resize, sample, views, **backends):
-        gpu = f"cuda:{LOCAL_RANK}"
-        backends = dict(sim_backend=f"physx_{gpu}", render_backend=f"sapien_{gpu}") | backends
-        self.env = PutOnPlates(pack, sample, image_size, resize, num_envs=num_envs, **backends)
+    def __init__(self, num_envs, pack, image_size, resize, sample, views):
+        self.env = PutOnPlates(pack, sample, image_size, resize, num_envs=num_envs)
         self.num_envs, self.pack, self.sample, self.views = num_envs, pack, sample, views
         self.max_episode_steps = pack.max_episode_steps
-        self.view_seconds = 0.0  # spent on changed views so far
-
-    @property
-    def instructions(self) -> list[str]:
-        return self.env.instructions
-
-    @property
-    def elapsed(self) -> int:
-        return self.env.elapsed
-
-    def _look(self) -> dict:
-        env = self.env
-        rgb, ids = env.picture()
-        obs = dict(rgb=rgb, mask=env.foreground(ids), state=env.state())
-        start = time.perf_counter()
-        for name, view in self.views.items():
-            key = (self.alter_seed, env.elapsed, name)
-            obs[name] = view(env, [view_stream(e, *key) for e in env.episodes])
-        self.view_seconds += time.perf_counter() - start
-        return obs
 
     def reset(self, episode_ids, split="train", rebuild: bool = False, alter_seed: int = 0) -> dict:
         """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, with `rebuild` or
         without."""
-        splits = [split] * self.num_envs if isinstance(split, str) else split
-        episodes = [self.sample(int(i), name) for i, name in zip(episode_ids, splits, strict=True)]
-        self.alter_seed = alter_seed
+        self.alter_seed, episodes = alter_seed, self._sample(episode_ids, split)
         rebuild = rebuild or [e.light for e in episodes] != self.env.lights_now
         self.env.reset(seed=0, options=dict(episodes=episodes, reconfigure=rebuild))
-        return self._look()
+        return self.env.look(self.views, alter_seed)
 
     def step(self, actions: torch.Tensor):
         """See VecEnv.step."""
-        env, reward = self.env, 0
-        for action in actions[:, : self.max_episode_steps - env.elapsed].to(env.device).unbind(1):
-            env.step(action)
-            env.elapsed += 1
-            reward = reward + env.reward()
-        done = torch.full((self.num_envs,), env.elapsed >= self.max_episode_steps)
-        info = dict(
-            success=env.success,
-            success_once=env.success_once,
-            grasped=env.ever_grasped,
-            episode_return=env.return_so_far,
-        )
-        return self._look(), reward, done, {name: value.clone() for name, value in info.items()}
+        actions = actions[:, : self.max_episode_steps - self.elapsed].to(self.env.device)
+        info = {name: value.clone() for name, value in self.env.play(actions.unbind(1)).items()}
+        obs = self.env.look(self.views, self.alter_seed)
+        return obs, info.pop("reward"), self._done(), info
 
     def backgrounds(self, tables=None) -> torch.Tensor:
         """See VecEnv.backgrounds; under the light of scene 0, which must be the training light."""
@@ -321,9 +266,3 @@ class CudaVecEnv:
 
     def close(self):
         self.env.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()

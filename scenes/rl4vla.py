@@ -1,9 +1,8 @@
 """Asset pack `rl4vla`: the paper's benchmark, RL4VLA's PutOnPlateInScene25MultiCarrot-v1, from its
 files, on stock mani_skill.
 
-`Rl4vlaPack` has what a pack declares: robot, camera, rates, counts, lights, and how objects, plate
-and tables are made. Then where the files are (`python envs.py --download` fetches them), and the
-scripted oracle.
+`Rl4vlaPack` has what a pack declares, as BuiltinPack has. Then where the files are (`python envs.py
+--download` fetches them), and the scripted oracle.
 """
 
 import json
@@ -28,14 +27,12 @@ from scenes.task import TABLE_Z, Light, held_out_lights
 
 
 class Rl4vlaPack:
-    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind
-    them.
+    """WidowX250S at the Bridge table, RL4VLA's 25 scanned objects, 21 photographs of tables behind.
 
     DEVIATION: a box carries the objects (the photograph hides it anyway), and they have angular
     damping (task.py).
     """
 
-    name = "rl4vla"
     robot_uid = "widowx_bridge"
     robot_look = dict(specular=0.9, roughness=0.3)
     base_pose = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
@@ -44,14 +41,13 @@ class Rl4vlaPack:
     )
     camera_eye = np.array([0.147, 0.188, 1.23])  # Bridge's camera; its horizon is level
     camera_at = camera_eye + [-0.6346126, -0.3509407, -0.6885546]
-    camera_center = np.array([-0.16, 0.0])  # a turned camera orbits about it
     image_size = 224
     camera_shape = (480, 640)  # Bridge's
-    sim_freq, control_freq = 500, 5
+    sim_freq = 500
     max_episode_steps = 80
     grasp_streak = 5
     largest_move, largest_turn = 0.03, 0.35  # of the oracle in one control step: metres, radians
-    plate_radius, plate_size, plate_spawn_z = 0.055, np.array([0.11, 0.11, 0.006]), 0.92
+    plate_radius, plate_height, plate_spawn_z = 0.055, 0.006, 0.92
     settles_again = True  # where something still moves after 0.3 s
     floor = None  # what is not robot, object or plate is the photograph
     table_materials = ()
@@ -162,12 +158,8 @@ FILES = Path(__file__).parent / "rl4vla_files.txt"
 
 
 def asset_folders() -> dict[str, Path]:
-    """Where the parts of the pack are on this machine: {first folder in rl4vla_files.txt:
-    directory}.
-
-    $PAIR_VLA_ASSETS if set, else the caches of the Hugging Face Hub and of ManiSkill. Nothing is
-    fetched.
-    """
+    """{first folder in rl4vla_files.txt: the directory that holds it on this machine}, in
+    $PAIR_VLA_ASSETS if set, else in the caches of the Hugging Face Hub and of ManiSkill."""
     if "PAIR_VLA_ASSETS" in os.environ:
         root = Path(os.environ["PAIR_VLA_ASSETS"])
         return dict(carrot=root / "carrot", data=root / "data")
@@ -187,11 +179,11 @@ def faulty_assets() -> dict[Path, str]:
     for line in FILES.read_text().splitlines():
         size, name = line.split(" ", 1)
         folder, name = name.split("/", 1)
-        path = folders[folder] / name
+        path, wanted = folders[folder] / name, int(size)
         if not path.is_file():
             faults[path] = "is missing"
             continue
-        found, wanted = path.stat().st_size, int(size)
+        found = path.stat().st_size
         says = int.from_bytes(path.open("rb").read(12)[8:], "little")  # a .glb says how long it is
         if wanted == 0 and found != says:
             faults[path] = f"has {found} bytes: it is cut off"
@@ -236,11 +228,8 @@ def oracle(env) -> np.ndarray:
     opening = float(env.agent.robot._objs[0].qpos[-1])  # metres, 0.014 closed to 0.038
     points = surface(env) @ target.to_transformation_matrix()[:3, :3].T + target.p
     bottom, top = points[:, 2].min(), points[:, 2].max()
-    carried = (
-        opening < 0.033
-        and bottom > TABLE_Z + 0.012
-        and np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
-    )
+    in_hand = np.linalg.norm(points - tcp.p, axis=1).min() < 0.02
+    carried = opening < 0.033 and bottom > TABLE_Z + 0.012 and in_hand
     over_plate = np.linalg.norm(target.p[:2] - plate[:2])
     low = bottom < TABLE_Z + 0.022 and over_plate < (0.03 if env.grasped else 0.05)
     placed = env.success or (low and tcp.p[2] < TABLE_Z + 0.14)
@@ -268,12 +257,12 @@ def oracle(env) -> np.ndarray:
             if not aligned:
                 goal[2] = max(grasp[2] + 0.07, TABLE_Z + 0.10)
     move = goal - command.p
-    move *= min(1.0, 0.03 / max(np.linalg.norm(move), 1e-9))
+    move *= min(1.0, env.pack.largest_move / max(np.linalg.norm(move), 1e-9))
     to_base = env.pack.base_pose.inv().to_transformation_matrix()[:3, :3]
     angles = np.zeros(3)
     if turn is not None:
         axis, angle = axis_angle(turn)
-        small = axangle2mat(axis, min(angle, 0.35))
+        small = axangle2mat(axis, min(angle, env.pack.largest_turn))
         angles = mat2euler(to_base @ small @ to_base.T, "rxyz")
     return np.array([*(to_base @ move), *angles, gripper], np.float32)
 
@@ -298,13 +287,10 @@ def surface(env) -> np.ndarray:
     """(1500, 3) metres: points on the target's collision shapes, in its own frame."""
     i = env.episode.target
     if i not in SURFACES:
-        shapes = env.target_entity.find_component_by_type(
-            PhysxRigidDynamicComponent
-        ).collision_shapes
-        parts = [trimesh.Trimesh(shape.vertices * shape.scale, shape.triangles) for shape in shapes]
-        SURFACES[i] = np.array(
-            trimesh.sample.sample_surface(trimesh.util.concatenate(parts), 1500, seed=0)[0]
-        )
+        body = env.target_entity.find_component_by_type(PhysxRigidDynamicComponent)
+        parts = [trimesh.Trimesh(x.vertices * x.scale, x.triangles) for x in body.collision_shapes]
+        mesh = trimesh.util.concatenate(parts)
+        SURFACES[i] = np.array(trimesh.sample.sample_surface(mesh, 1500, seed=0)[0])
     return SURFACES[i]
 
 
@@ -320,30 +306,19 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
     axis = env.tcp_entity.pose.to_transformation_matrix()[:2, 1]
     now = np.arctan2(axis[1], axis[0])
     yaws, shifts = np.deg2rad(np.arange(0, 180, 7.5)), np.arange(-0.03, 0.031, 0.0075)
-    close, side = (
-        np.stack([np.cos(yaws), np.sin(yaws)], 1),
-        np.stack([-np.sin(yaws), np.cos(yaws)], 1),
-    )  # (24, 2)
+    close = np.stack([np.cos(yaws), np.sin(yaws)], 1)  # (24, 2)
+    side = np.stack([-np.sin(yaws), np.cos(yaws)], 1)
     u, v = (slab @ close.T).T[:, None], (slab @ side.T).T[:, None]  # (24, 1, points)
     turn = (yaws - now + np.pi / 2) % np.pi - np.pi / 2
-    halves = np.stack(
-        [np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)]
-    )  # of a finger's width
-    lows, highs = (
-        np.where(halves, u, 9).min(-1),
-        np.where(halves, u, -9).max(-1),
-    )  # (2, 24, 9), metres; +-9 is nowhere
+    # Of each half of a finger's width, metres (2, 24, 9): +-9 is nowhere
+    halves = np.stack([np.abs(v - shifts[:, None] + d) < 0.0045 for d in (0.0045, -0.0045)])
+    lows, highs = np.where(halves, u, 9).min(-1), np.where(halves, u, -9).max(-1)
     low, high = lows.min(0), highs.max(0)
-    slope = np.abs(lows[0] - lows[1]) + np.abs(
-        highs[0] - highs[1]
-    )  # of faces not parallel the object is squeezed out
+    # Of faces that are not parallel the object is squeezed out
+    slope = np.abs(lows[0] - lows[1]) + np.abs(highs[0] - highs[1])
     center, width = (low + high) / 2, high - low
-    cost = (
-        2.5 * slope
-        + 2 * np.maximum(width - 0.02, 0)
-        + 0.8 * np.hypot(center, shifts)
-        + 0.02 * np.abs(turn)[:, None]
-    )
+    cost = 2.5 * slope + 2 * np.maximum(width - 0.02, 0)
+    cost = cost + 0.8 * np.hypot(center, shifts) + 0.02 * np.abs(turn)[:, None]
     cost += 10 * (width > 0.05) + (width < 0.013)  # the gripper's opening, and its gap when closed
     cost[(halves.sum(-1) < 3).any(0)] = np.inf
     i, j = np.unravel_index(cost.argmin(), cost.shape)
@@ -352,4 +327,4 @@ def find_grasp(env, points, bottom, top) -> tuple[np.ndarray, float]:
 
 PACK, SMALL = Rl4vlaPack(), Rl4vlaPack()
 # DEVIATION: drawn square at the policy's size at once, 2 to 4 times as fast as the camera's pixels
-SMALL.name, SMALL.camera_shape = "rl4vla-small", None
+SMALL.camera_shape = None

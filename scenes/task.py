@@ -1,12 +1,10 @@
 """The task: "put {object} on plate" in ManiSkill3. One scene on a CPU; scenes/gpu.py has N at once
 on a GPU.
 
-The rules and the reward (`evaluate`, `reward`) and the layout of an episode are written here once
-for both: what is a number or a numpy array in one scene is a torch tensor with N rows there.
+What is a number or a numpy array in one scene is a torch tensor with N rows there.
 
-A scene shows what it is told: an `Episode` of envs.py. It never renders by itself: a picture is
-taken where a policy looks, and a changed view is one more picture. Physics does not notice a view,
-to the last bit (tested).
+A scene shows what it is told: an `Episode` of envs.py. It renders only where a policy looks, and a
+changed view is one more picture. Physics does not notice a view, to the last bit (tested).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import os
 # Mesa's CPU renderer draws in the calling thread: one process per core, no contention
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,18 +26,15 @@ from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.structs.types import SimConfig
-from sapien.physx import PhysxMaterial, PhysxRigidDynamicComponent
+from sapien.physx import PhysxMaterial
 from sapien.render import RenderBodyComponent, RenderDirectionalLightComponent, RenderMaterial
 from transforms3d.euler import euler2quat
 
 from runtime import LOCAL_RANK
-from scenes.workers import frame_shape
 
 TABLE_Z = 0.8695  # height of the table top in metres, as in RL4VLA's Bridge scene
+CENTER = np.array([-0.16, 0.0])  # xy of the workspace: a turned camera orbits about it
 COS_85 = np.cos(np.deg2rad(85))
-# squash: into a square (RL4VLA, and RLinf's OpenVLA). keep: the aspect ratio (openpi, and RLinf's
-# pi0, which adds black rows)
-RESIZE_MODES = dict(squash="bicubic", keep="bilinear")
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,11 @@ class Light:
     key: tuple = (2.2, 2.2, 2.2)
     fill_directions: tuple = ((-1.0, -0.5, -1.0), (1.0, 1.0, -1.0))
     fill: tuple = (0.7, 0.7, 0.7)
+
+    @property
+    def lamps(self) -> list[tuple]:
+        """(direction, colour) of the key light and the fills."""
+        return [(self.key_direction, self.key), *((d, self.fill) for d in self.fill_directions)]
 
 
 def held_out_lights(share: float = 1.0) -> list[Light]:
@@ -100,9 +101,13 @@ def moved(pose: sapien.Pose, dx: float, dy: float, yaw: float) -> sapien.Pose:
 
 
 def resized(pictures: torch.Tensor, shape, resize: str) -> torch.Tensor:
-    """What a camera shows, (N, H, W, C) uint8, in fewer pixels, as a backbone's ancestors do it."""
-    x = pictures.permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, shape, mode=RESIZE_MODES[resize], antialias=True)
+    """What a camera shows, (N, H, W, C) uint8, in fewer pixels, as a backbone's ancestors do it.
+
+    "squash": into a square (RL4VLA, and RLinf's OpenVLA). "keep": the aspect ratio (openpi, and
+    RLinf's pi0, which adds black rows).
+    """
+    mode = dict(squash="bicubic", keep="bilinear")[resize]
+    x = F.interpolate(pictures.permute(0, 3, 1, 2).float(), shape, mode=mode, antialias=True)
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 
 
@@ -112,8 +117,7 @@ def length(vectors):
 
 
 class PutOnPlate(BaseEnv):
-    """One scene. `reset(options=dict(episodes=[an Episode]))`, `step(action (7,))`, then
-    `picture()` to look.
+    """One scene: `reset(options=dict(episodes=[an Episode]))`, `step(action (7,))`, `picture()`.
 
     pack: the PACK of scenes/builtin.py or scenes/rl4vla.py. sample: (episode id, split name) ->
     Episode, for a reset without one. resize: None draws the frames at once; "squash" or "keep"
@@ -124,18 +128,24 @@ class PutOnPlate(BaseEnv):
     SUPPORTED_REWARD_MODES = ["none"]
     parking_x = 2.0  # metres
 
-    def __init__(self, pack, sample, image_size=None, resize=None, **simulation):
+    def __init__(self, pack, sample, image_size=None, resize=None, num_envs=1):
         self.pack, self.sample = pack, sample
-        self.frame_shape = frame_shape(pack, image_size, resize)
+        self.view_seconds = 0.0  # spent on changed views so far
+        size = image_size or pack.image_size
+        self.frame_shape = self.drawn_shape = (size, size)
         self.resize = resize if pack.camera_shape else None
-        self.drawn_shape = pack.camera_shape if self.resize else self.frame_shape
-        simulation = dict(sim_backend="cpu", render_backend=render_backend()) | simulation
-        super().__init__(robot_uids=pack.robot_uid, **simulation)
+        if self.resize:
+            self.drawn_shape = height, width = pack.camera_shape
+        if self.resize == "keep":
+            self.frame_shape = (size * height // width, size)
+        super().__init__(robot_uids=pack.robot_uid, num_envs=num_envs, **self.backends())
+
+    def backends(self) -> dict:
+        return dict(sim_backend="cpu", render_backend=render_backend())
 
     @property
     def _default_sim_config(self):
-        frequencies = dict(sim_freq=self.pack.sim_freq, control_freq=self.pack.control_freq)
-        return SimConfig(**frequencies, spacing=20)
+        return SimConfig(sim_freq=self.pack.sim_freq, control_freq=5, spacing=20)
 
     @property
     def _default_sensor_configs(self):
@@ -153,52 +163,48 @@ class PutOnPlate(BaseEnv):
                 sapien_utils.set_articulation_render_material(robot, **self.pack.robot_look)
 
     def _load_scene(self, options):
-        def static_box(name, half_size, at, visual=None):
+        def builder_at(pose):
             builder = self.scene.create_actor_builder()
-            builder.add_box_collision(half_size=half_size)
-            if visual is not None:
-                builder.add_box_visual(half_size=half_size, material=visual)
-            builder.initial_pose = sapien.Pose(at)
-            builder.build_static(name)
+            builder.initial_pose = pose
+            return builder
 
         # Bodies are drawn in the order in which they are made. So the nearer come first: what they
         # hide is not shaded.
-        builder = self.scene.create_actor_builder()
-        builder.initial_pose = sapien.Pose()
-        self.camera_mount = builder.build_kinematic("camera_mount")
+        self.camera_mount = builder_at(sapien.Pose()).build_kinematic("camera_mount")
         friction = PhysxMaterial(1.0, 1.0, 0.0)
         self.objects = []
         for i, name in enumerate(self.pack.names):
-            builder = self.scene.create_actor_builder()
+            builder = builder_at(self._parked(i))
             self.pack.build_object(i, builder, friction)
-            builder.initial_pose = self._parked(i)
             self.objects.append(builder.build(name))
             # PhysX has no rolling friction: without damping round objects roll off the table
             self.objects[-1].set_angular_damping(5.0)
-        builder = self.scene.create_actor_builder()
-        self.pack.build_plate(builder, friction)
-        builder.initial_pose = sapien.Pose([0, 0, 1.2])
-        self.plate = builder.build("plate")
+        plate = builder_at(sapien.Pose([0, 0, 1.2]))
+        self.pack.build_plate(plate, friction)
+        self.plate = plate.build("plate")
         self.table_tops = []  # thin pictures of a table, of which one is visible
         for i, material in enumerate(self.pack.table_materials):
-            builder = self.scene.create_actor_builder()
-            builder.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
-            builder.initial_pose = sapien.Pose([-0.2, 0, TABLE_Z - 0.0015])
-            self.table_tops.append(builder.build_kinematic(f"table_top_{i}"))
-        static_box("table", [0.55, 0.55, 0.05], [-0.2, 0, TABLE_Z - 0.05])
-        floor = self.pack.floor and RenderMaterial(base_color=self.pack.floor)
-        static_box("floor", [6, 6, 0.05], [0, 0, -0.05], floor)
+            top = builder_at(sapien.Pose([-0.2, 0, TABLE_Z - 0.0015]))
+            top.add_box_visual(half_size=[0.55, 0.55, 0.002], material=material)
+            self.table_tops.append(top.build_kinematic(f"table_top_{i}"))
+        table = builder_at(sapien.Pose([-0.2, 0, TABLE_Z - 0.05]))
+        table.add_box_collision(half_size=[0.55, 0.55, 0.05])
+        table.build_static("table")
+        floor = builder_at(sapien.Pose([0, 0, -0.05]))
+        floor.add_box_collision(half_size=[6, 6, 0.05])
+        if self.pack.floor:
+            look = RenderMaterial(base_color=self.pack.floor)
+            floor.add_box_visual(half_size=[6, 6, 0.05], material=look)
+        floor.build_static("floor")
 
     def _parked(self, i: int) -> sapien.Pose:
         """On the floor, out of sight, asleep."""
         return sapien.Pose([self.parking_x + 0.3 * (i % 5), 0.3 * (i // 5), 0.06])
 
     def _load_lighting(self, options):
-        light = self.pack.lights[0]
-        self.scene.set_ambient_light(list(light.ambient))
-        for direction in (light.key_direction, *light.fill_directions):
+        for direction, color in self.pack.lights[0].lamps:
             # No shadow: it would draw everything twice
-            self.scene.add_directional_light(list(direction), [1, 1, 1])
+            self.scene.add_directional_light(list(direction), list(color))
 
     def _after_reconfigure(self, options):
         parts = [part for entity in self.scene.sub_scenes[0].entities for part in entity.components]
@@ -210,36 +216,27 @@ class PutOnPlate(BaseEnv):
         self.tcp_entity = self.agent.tcp._objs[0].entity
         self.plate_entity = self.plate._objs[0]
         self.photos = self.pack.photos(*self.drawn_shape)
-        self.table_now, self.shown = None, None
+        self.shown = range(len(self.objects))
 
     def set_light(self, light: Light):
         self.scene.sub_scenes[0].render_system.ambient_light = list(light.ambient)
-        directions = (light.key_direction, *light.fill_directions)
-        colors = (light.key, light.fill, light.fill)
-        for lamp, direction, color in zip(self.lamps, directions, colors, strict=True):
+        for lamp, (direction, color) in zip(self.lamps, light.lamps, strict=True):
             lamp.color = list(color)
             turn = sapien.math.shortest_rotation([1, 0, 0], list(direction))
             lamp.entity.pose = sapien.Pose([0, 0, 0], turn)
 
     def camera_pose(self, degrees: float) -> sapien.Pose:
-        """Orbit by `degrees` about the vertical axis through the centre of the workspace. OPEN: the
-        paper says "rotation"."""
+        """Orbit by `degrees` about the vertical through CENTER. OPEN: the paper says "rotation"."""
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        pack, center = self.pack, np.array([*self.pack.camera_center, 0])
+        pack, center = self.pack, np.array([*CENTER, 0])
         eye, at = (center + turn @ (p - center) for p in (pack.camera_eye, pack.camera_at))
         return sapien_utils.look_at(eye, at).sp
 
-    def set_camera(self, degrees: float):
-        self.camera_mount._objs[0].pose = self.camera_pose(degrees)
-
     def set_table(self, index: int):
-        if self.photos is None:
-            everything = range(len(self.table_tops))
-            for i in everything if self.table_now is None else (self.table_now, index):
-                entity = self.table_tops[i]._objs[0]
-                body = entity.find_component_by_type(RenderBodyComponent)
-                body.visibility = float(i == index)
+        for i, top in enumerate(self.table_tops):
+            body = top._objs[0].find_component_by_type(RenderBodyComponent)
+            body.visibility = float(i == index)
         self.table_now = index
 
     # ------------------------------------------------------------------------------------ episode
@@ -248,11 +245,11 @@ class PutOnPlate(BaseEnv):
         return self.episodes[0]
 
     @property
-    def instructions(self) -> list[str]:
-        return [f"put {self.pack.names[e.target]} on plate" for e in self.episodes]
+    def elapsed(self) -> int:
+        """Steps of the episode so far."""
+        return int(self.elapsed_steps[0])
 
     def _initialize_episode(self, env_idx, options):
-        assert len(env_idx) == self.num_envs, "all scenes start together"
         if "episodes" in options:
             self.episodes = options["episodes"]
         else:  # plain gymnasium use, reset(seed=...), and ManiSkill's own first reset
@@ -260,14 +257,13 @@ class PutOnPlate(BaseEnv):
             self.episodes = [self.sample(int(i), "train") for i in ids]
         self._lay_out()
         zero = 0.0 * self.target_half_z
-        self.streak, self.return_so_far, self.elapsed = zero, zero, 0
+        self.streak, self.return_so_far = zero, zero
         self.grasped = self.ever_grasped = self.ever_held = zero > 0
         self.success = self.success_once = zero > 0
 
-    def poses_on_table(self, episode) -> dict[int, sapien.Pose]:
-        """Where an episode's objects begin: index of the object -> pose. The target is the
-        first."""
-        e, poses = episode, {}
+    def poses_on_table(self, e) -> dict[int, sapien.Pose]:
+        """Where the objects of episode e begin: index of the object -> pose."""
+        poses = {}
         distractors = zip(e.distractors, e.distractor_xy, e.distractor_yaw)
         for i, xy, yaw in ((e.target, e.target_xy, e.target_yaw), *distractors):
             z = self.pack.spawn_z(i, i == e.target)
@@ -275,32 +271,24 @@ class PutOnPlate(BaseEnv):
         return poses
 
     def _lay_out(self):
-        """Light, camera, table and bodies of the episode, at rest."""
-        e, pack = self.episode, self.pack
-        self.set_light(pack.lights[e.light])
-        self.set_camera(e.camera_deg)
+        """Light, camera, table and bodies of the episode. ManiSkill has stopped what moved."""
+        e = self.episode
+        self.set_light(self.pack.lights[e.light])
+        self.camera_mount._objs[0].pose = self.camera_pose(e.camera_deg)
         self.set_table(e.table)
         in_use = self.poses_on_table(e)
         for i, actor in enumerate(self.objects):
-            entity = actor._objs[0]
-            body = entity.find_component_by_type(PhysxRigidDynamicComponent)
-            if i in in_use:
-                entity.pose = in_use[i]
-            elif self.shown is None or i in self.shown:
-                entity.pose = self._parked(i)
-            else:
-                continue
-            body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
-            entity.find_component_by_type(RenderBodyComponent).visibility = float(i in in_use)
+            if i in in_use or i in self.shown:
+                entity = actor._objs[0]
+                entity.pose = in_use[i] if i in in_use else self._parked(i)
+                entity.find_component_by_type(RenderBodyComponent).visibility = float(i in in_use)
         self.shown = set(in_use)
-        self.plate_entity.pose = sapien.Pose([*e.plate_xy, pack.plate_spawn_z])
-        body = self.plate_entity.find_component_by_type(PhysxRigidDynamicComponent)
-        body.linear_velocity, body.angular_velocity = np.zeros(3), np.zeros(3)
+        self.plate_entity.pose = sapien.Pose([*e.plate_xy, self.pack.plate_spawn_z])
         self._settle()
         self.target = self.objects[e.target]
         self.target_entity = self.target._objs[0]
         rotation = self.target_entity.pose.to_transformation_matrix()[:3, :3]
-        self.target_half_z = self.half_height(rotation, pack.sizes[e.target])
+        self.target_half_z = self.half_height(rotation, self.pack.sizes[e.target])
 
     @staticmethod
     def half_height(rotation, size):
@@ -319,8 +307,7 @@ class PutOnPlate(BaseEnv):
 
     def _run_physics(self):
         def moves(i):
-            body = self.objects[i]._objs[0].find_component_by_type(PhysxRigidDynamicComponent)
-            return np.linalg.norm(body.linear_velocity) > 0.01
+            return torch.linalg.norm(self.objects[i].linear_velocity) > 0.01
 
         for _ in range(int(0.3 * self.pack.sim_freq)):
             self.scene.step()
@@ -341,7 +328,7 @@ class PutOnPlate(BaseEnv):
         self.streak = (self.streak + 1) * self.grasped
         self.ever_grasped = self.ever_grasped | self.grasped
         self.ever_held = self.ever_held | (self.streak >= self.pack.grasp_streak)
-        highest = self.pack.plate_size[2] / 2 + self.target_half_z + 0.05
+        highest = self.pack.plate_height / 2 + self.target_half_z + 0.05
         self.success = (
             (length(offset[..., :2]) <= self.pack.plate_radius + 0.01)
             & (offset[..., 2] > 0)
@@ -350,6 +337,20 @@ class PutOnPlate(BaseEnv):
         )
         self.success_once = self.success_once | self.success
         return dict(success=torch.as_tensor(self.success).reshape(self.num_envs))
+
+    def play(self, actions) -> dict:
+        """Carry out actions, one after another -> summed reward, and what VecEnv.step tells."""
+        reward = 0.0
+        for action in actions:
+            self.step(action)
+            reward = reward + self.reward()
+        return dict(
+            reward=reward,
+            success=self.success,
+            success_once=self.success_once,
+            grasped=self.ever_grasped,
+            episode_return=self.return_so_far,
+        )
 
     def reward(self):
         """R_t - R_{t-1}; call once per step. Appendix B, with RL4VLA's values: R_t = 0.1 ever
@@ -360,8 +361,7 @@ class PutOnPlate(BaseEnv):
         return reward
 
     def contact_forces(self) -> np.ndarray:
-        """(3, 3) newtons that the two fingers and the plate exert on the target: one pass over the
-        contact list."""
+        """(3, 3) newtons that the two fingers and the plate exert on the target."""
         others = [*self.fingers, self.plate_entity]
         forces = np.zeros((3, 3))
         for contact in self.scene.px.get_contacts():
@@ -388,13 +388,25 @@ class PutOnPlate(BaseEnv):
         return self.agent.robot._objs[0].qpos[:8].astype(np.float32)
 
     # ------------------------------------------------------------------------------------ pictures
+    def look(self, views: dict, alter_seed: int) -> dict:
+        """-> an observation. What a view draws depends on what is shown, not on who shows it."""
+        rgb, ids = self.picture()
+        obs = dict(rgb=rgb, mask=self.foreground(ids), state=self.state())
+        start = time.perf_counter()
+        for name, view in views.items():
+            keys = [[alter_seed, e.id, self.elapsed] for e in self.episodes]
+            keys = [key + [1] * (name == "rgb_pre") for key in keys]
+            obs[name] = view(self, list(map(np.random.default_rng, keys)))
+        self.view_seconds += time.perf_counter() - start
+        return obs
+
     def picture(self) -> tuple[np.ndarray, np.ndarray]:
         """What the camera sees now: rgb (H, W, 3) uint8, and the id (int16) of the body in each
         pixel, of rgb or of what it was resized from."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.camera.take_picture()
-        rgb = self.camera.get_picture("Color")[..., :3]
-        ids = self.camera.get_picture("PositionSegmentation")[..., 3]
+        rgb = self.camera.get_picture("Color")[..., :3].copy()
+        ids = self.camera.get_picture("PositionSegmentation")[..., 3].copy()
         if self.photos is not None:
             rgb = np.where(ids[..., None] == 0, self.photos[self.table_now], rgb)
         if self.resize:
@@ -402,8 +414,7 @@ class PutOnPlate(BaseEnv):
         return rgb, ids
 
     def foreground(self, ids: np.ndarray) -> np.ndarray:
-        """The mask M of Eq. (5): (H, W) bool, True where `ids` shows the robot, the target or the
-        plate."""
+        """The mask M of Eq. (5), (H, W) bool: where `ids` shows robot, target or plate."""
         keep = np.zeros(1024, bool)
         keep[[link.per_scene_id for link in self.links]] = True
         keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
@@ -434,22 +445,21 @@ class PutOnPlate(BaseEnv):
     def from_cameras(self, degrees):
         mount = self.camera_mount._objs[0]
         before = mount.pose  # not exactly the one it was given: PhysX normalises the quaternion
-        self.set_camera(degrees[0])
+        mount.pose = self.camera_pose(degrees[0])
         try:
             yield
         finally:
             mount.pose = before
 
     def empty_tables(self, tables: list[int]) -> np.ndarray:
-        """(len(tables), H, W, 3) uint8: tables without robot, objects and plate, under the training
-        light and camera."""
+        """(K, H, W, 3) uint8: tables with nothing on them, under the training light and camera."""
         bodies = [*self.links, *(actor._objs[0] for actor in self.objects), self.plate_entity]
         self.set_light(self.pack.lights[0])
         pictures = []
         with self.hidden(bodies), self.from_cameras([0.0]):
             for table in tables:
                 with self.on_tables([table]):
-                    pictures.append(self.picture()[0].copy())
+                    pictures.append(self.picture()[0])
         self.set_light(self.pack.lights[self.episode.light])
         return np.array(pictures)
 

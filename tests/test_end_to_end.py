@@ -19,7 +19,7 @@ import ppo_pair
 import runtime
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--num-envs 4 --num-steps 20 --batch-size 40 --update-epochs 1 --critic-warmup 0 --eval-episodes 0 --save-every 1"
+SMALL = "--backbone openvla-tiny --num-envs 4 --num-steps 20 --batch-size 40 --update-epochs 1 --critic-warmup 0 --eval-episodes 0 --save-every 1"
 
 
 def run(*command, timeout=600):

@@ -189,7 +189,7 @@ def test_statistics_without_a_mask_scale_all_dimensions(base):
     (base / "norm_stats.json").write_text(json.dumps({"mine": {"action": own}}))
     policy = load_policy("openvla-tiny", base)
     actions = torch.tensor([[0.5] * 6 + [1.0], [-0.5] * 6 + [-1.0]])
-    back = policy.env_action(policy.action_tokens(actions))
+    back = policy.env_action(policy.bin_tokens(policy.to_unit(actions)))
     torch.testing.assert_close(back, actions.double(), atol=0.01, rtol=0)
 
 

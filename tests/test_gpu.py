@@ -1,6 +1,7 @@
 """scenes/gpu.py where no GPU is: one scene on a CPU against scenes/task.py, and N scenes of pretended bodies."""
 
 import weakref
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import sapien
 import torch
+from sapien.render import RenderBodyComponent
 
 import envs
 import views
@@ -15,11 +17,38 @@ from runtime import Fault
 from scenes import builtin, gpu, rl4vla, task
 
 
+class OnCpu(gpu.PutOnPlates):
+    """One scene, with what PhysX on the GPU does done on the CPU."""
+
+    def backends(self):
+        return dict(sim_backend="physx_cpu", render_backend=task.render_backend())
+
+    def _run_physics(self):
+        for _ in range(int((0.3 + self.pack.settles_again) * self.pack.sim_freq)):
+            self.scene.step()
+
+    def contact_forces(self):
+        target, others = self.objects[self.episode.target], [*self.fingers, self.plate]
+        forces = [self.scene.get_pairwise_contact_forces(target, other) for other in others]
+        return torch.stack(forces, 1)
+
+    @contextmanager
+    def drawn(self, bodies):
+        with ExitStack() as stack:
+            for body, poses in bodies:
+                entity = getattr(body._objs[0], "entity", body._objs[0])
+                pose = sapien.Pose(poses[0, :3].numpy(), poses[0, 3:].numpy())
+                if entity.find_component_by_type(RenderBodyComponent) is not None:
+                    stack.enter_context(self.drawn_at(entity, pose))
+                elif body is self.camera_mount:
+                    stack.callback(setattr, entity, "pose", entity.pose)
+                    entity.pose = pose
+            yield
+
+
 def make_one(drawn):
-    pack = builtin.PACK
-    sample = partial(envs.sample_episode, pack=pack)
-    backends = dict(sim_backend="physx_cpu", render_backend=task.render_backend())
-    return gpu.CudaVecEnv(1, pack, None, None, sample, drawn, **backends)
+    sample = partial(envs.sample_episode, pack=builtin.PACK)
+    return gpu.CudaVecEnv(1, builtin.PACK, None, None, sample, drawn)
 
 
 def same_picture(a, b):
@@ -27,8 +56,9 @@ def same_picture(a, b):
     return (np.abs(np.asarray(a, int) - np.asarray(b, int)) > 8).mean() < 0.004
 
 
-def test_one_scene_plays_as_task_py():
+def test_one_scene_plays_as_task_py(monkeypatch):
     """The same episode, rewards, pictures, mask and views, step by step; and torch's random numbers are left alone."""
+    monkeypatch.setattr(gpu, "PutOnPlates", OnCpu)
     drawn = dict(rgb_alt=views.task_altering, rgb_pre=views.rerendered)
     env = envs.make_env("builtin")
     with make_one(drawn) as vec:
@@ -40,7 +70,7 @@ def test_one_scene_plays_as_task_py():
             torch.tensor([False]),
             [],
         )
-        assert vec.instructions == env.instructions
+        assert vec.instructions == [f"put {env.pack.names[env.episode.target]} on plate"]
         while not done.all():
             rgb, ids = env.picture()
             want = dict(rgb=rgb.copy(), mask=255 * env.foreground(ids))
@@ -57,7 +87,6 @@ def test_one_scene_plays_as_task_py():
             for _ in range(5):
                 chunk.append(env.pack.oracle(env))
                 env.step(chunk[-1])
-                env.elapsed += 1
                 wanted += env.reward()
             obs, reward, done, info = vec.step(torch.from_numpy(np.stack(chunk))[None])
             assert reward.item() == pytest.approx(wanted, abs=1e-5)

@@ -158,7 +158,6 @@ def test_golden_act_and_evaluate(official):
     policy, x, y = official
     ids = json.loads((GOLDEN / "openvla_prompt_ids.json").read_text())
     policy = copy.copy(policy)  # shallow: only the tokenizer differs
-    policy.prompt_ids = {}
     policy.tokenizer = {
         PROMPT.format(instruction=text): row for text, row in ids.items()
     }.__getitem__
@@ -610,7 +609,7 @@ def test_bins_and_actions(tiny):
     wanted = (torch.rand(500, 7, dtype=torch.float64) * 2 - 1) * torch.cat(
         [bound, bound.new_ones(1)]
     )
-    got = tiny.env_action(tiny.action_tokens(wanted))
+    got = tiny.env_action(tiny.bin_tokens(tiny.to_unit(wanted)))
     assert ((got - wanted).abs()[:, :6] <= bound / 255 + 1e-6).all()
     assert torch.equal(got[:, 6], wanted[:, 6].sign())
 
@@ -626,7 +625,9 @@ def test_gripper_threshold_follows_the_statistics(tiny):
         unit = torch.zeros(2, 7)
         unit[:, 6] = torch.tensor([boundary - 0.01, boundary + 0.01])
         assert policy.env_action(policy.bin_tokens(unit))[:, 6].tolist() == [-1, 1]
-    labels = bridge.action_tokens(torch.tensor([[0.0] * 6 + [-1], [0.0] * 6 + [1]]))[:, 6]
+    labels = bridge.bin_tokens(bridge.to_unit(torch.tensor([[0.0] * 6 + [-1], [0.0] * 6 + [1]])))[
+        :, 6
+    ]
     assert (bridge.action_end - labels).tolist() == [
         128,
         256,

@@ -368,10 +368,10 @@ def test_it_does_not_learn_blind():
 
 
 def test_it_does_not_learn_where_the_mask_hides_the_image(monkeypatch):
-    def no_patches(self, attention_mask, num_patches):
-        mask, positions = layout(self, attention_mask, num_patches)
+    def no_patches(self, attention_mask):
+        mask, positions = layout(self, attention_mask)
         mask = mask.clone()
-        mask[..., 1 : 1 + num_patches] = False
+        mask[..., 1 : 1 + self.vision_backbone["featurizer"].num_patches] = False
         mask[:, :, range(mask.shape[2]), range(mask.shape[2])] = True  # a row may not be empty
         return mask, positions
 

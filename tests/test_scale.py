@@ -32,7 +32,7 @@ import runtime
 from backbones import files
 
 ROOT = Path(__file__).parents[1]
-FLAGS = """--num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
+FLAGS = """--backbone openvla-tiny --num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
 --eval-episodes 0 --learning-rate 1e-3 --target-kl 0 --save-every 1 --keep 2""".split()
 TOYS = ["openvla-tiny", "pi05-tiny"]
 
@@ -334,7 +334,7 @@ def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
 def fresh(start, run):
     """Command line of a new run."""
     backbone = json.loads((start / "args.json").read_text())["backbone"]
-    return "--backbone", backbone, "--checkpoint", start, "--run-dir", run, *FLAGS
+    return "--checkpoint", start, "--run-dir", run, *FLAGS, "--backbone", backbone
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""How fast is the simulator here? `python tools/bench_envs.py` prints a markdown table; both sides
-of every ratio in one run.
+"""How fast is the simulator here? Prints a markdown table, both sides of every ratio in one run.
 
 Each figure is the median of several short windows, the two sides of a ratio taken in turn, so that
 a change of the machine's pace in mid-run meets both. Needs free cores: close what else is running.
@@ -16,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ import policies
 import ppo_pair
 import sft
 import views
+from evaluate import markdown
 from runtime import command_line
 from scenes import builtin
 from scenes.task import PutOnPlate, render_backend  # sets LP_NUM_THREADS=0, for both sides
@@ -48,118 +49,75 @@ class Args:
     """length of one window"""
     windows: int = 5
     """windows per figure; the median counts"""
-    image_size: int = 0
-    """pixels of the square pictures; 0: the pack's own"""
-    num_workers: int = 2
-    """processes of the many-process figure, eight scenes in each"""
     settings: bool = False
     """print the table of settings instead (`builtin`)"""
     pair: bool = False
     """print the table of whole iterations instead (`openvla-tiny`, `openvla-flat`)"""
 
 
-def window(step, seconds: float) -> float:
-    """Calls step() for `seconds`; returns how many units per second it did (step returns its
-    units)."""
+def window(steps, seconds: float) -> float:
+    """Units per second over `seconds`. steps: an iterator that does some and yields how many."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        done += step()
+        done += next(steps)
     return done / (time.perf_counter() - start)
 
 
 def medians(args: Args, **steps) -> dict[str, float]:
-    """Units per second of each step function, windows taken in turn after one warm-up call each."""
-    for step in steps.values():
-        step()
+    """Units per second of each iterator, windows taken in turn after a warm-up."""
+    for each in steps.values():
+        next(each)
     rates = [
-        {name: window(step, args.seconds) for name, step in steps.items()}
+        {name: window(each, args.seconds) for name, each in steps.items()}
         for _ in range(args.windows)
     ]
     return {name: float(np.median([rate[name] for rate in rates])) for name in steps}
 
 
-SCALE = np.array([0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0])  # of random actions
-PLAYING = {}  # which step function each vector environment is in the middle of an episode for
+def random_actions(*shape: int) -> np.ndarray:
+    scale = [0.03, 0.03, 0.03, 0.1, 0.1, 0.3, 1.0]
+    return (np.random.uniform(-1, 1, (*shape, 7)) * scale).astype(np.float32)
 
 
 def episodes(vec, split: str = "train", chunk: int = 1):
-    """One decision (`chunk` env steps) of all scenes, episodes starting over when they end (resets
-    are part of the time)."""
-    episode = [0]
-    rng = np.random.default_rng(0)
-
-    def step():
-        if PLAYING.get(vec) is not step or vec.elapsed == vec.max_episode_steps:
-            PLAYING[vec] = step
-            vec.reset(range(episode[0], episode[0] + vec.num_envs), split)
-            episode[0] += vec.num_envs
-        actions = rng.uniform(-1, 1, (vec.num_envs, chunk, 7)) * SCALE
-        vec.step(torch.from_numpy(actions.astype(np.float32)))
-        return vec.num_envs
-
-    return step
+    """Env steps (decisions of `chunk` of them) of all scenes, resets among them."""
+    for first in itertools.count(0, vec.num_envs):
+        vec.reset(range(first, first + vec.num_envs), split)
+        while vec.elapsed < vec.max_episode_steps:
+            vec.step(torch.from_numpy(random_actions(vec.num_envs, chunk)))
+            yield vec.num_envs
 
 
-def plain_maniskill(assets: str, size: int):
-    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (for its
-    scene at 640 x 480)."""
-    name, camera, options = {
-        "builtin": (
-            "PickCube-v1",
-            "base_camera",
-            dict(sensor_configs=dict(width=size, height=size)),
-        ),
-        "rl4vla": ("PutCarrotOnPlateInScene-v1", "3rd_view_camera", {}),
-    }[assets]
-    env = gym.make(
-        name,
-        obs_mode="rgb+segmentation",
-        num_envs=1,
-        sim_backend="cpu",
-        render_backend=render_backend(),
-        **options,
-    )
-    env.reset(seed=0)
+def plain_maniskill(name: str, size: int, length: int):
+    """Plain ManiSkill: an image and its segmentation at every step, as RL4VLA reads them (its scene
+    at 640 x 480)."""
+    camera, options = "3rd_view_camera", {}
+    if name == "PickCube-v1":
+        camera, options = "base_camera", dict(sensor_configs=dict(width=size, height=size))
+    common = dict(num_envs=1, sim_backend="cpu", render_backend=render_backend())
+    env = gym.make(name, obs_mode="rgb+segmentation", **common, **options)
     env.action_space.seed(0)
-    length = envs.find_pack(assets).max_episode_steps
-    count = [0]
-
-    def step():
-        if count[0] % length == 0:
-            env.reset(seed=count[0])
-        count[0] += 1
+    for count in itertools.count():
+        if count % length == 0:
+            env.reset(seed=count)
         obs = env.step(0.05 * env.action_space.sample())[0]
         assert obs["sensor_data"][camera]["rgb"].ndim == 4
-        return 1
-
-    return name, step
+        yield 1
 
 
 def demonstrations(assets: str, size: int):
-    """sft.collect on one scene in this process, frames included, undisturbed; counts those that
-    succeed."""
+    """sft.collect on one scene in this process, undisturbed: demonstrations that succeed."""
     env = envs.make_env(assets, size)
-    episode = [0]
-
-    def step():
-        episode[0] += 1
-        return int(sft.collect([env], "train", [episode[0]], 0.0, 0.0, 0)[0]["success"])
-
-    return step
+    for episode_id in itertools.count(1):
+        yield int(sft.collect([env], "train", [episode_id], 0.0, 0.0, 0)[0]["success"])
 
 
 def compositing(size: int, batch: int = 64):
-    rgb = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
-    mask, tables = (
-        torch.rand(batch, size, size) < 0.3,
-        torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8),
-    )
-
-    def step():
+    rgb, tables = (torch.randint(256, (n, size, size, 3), dtype=torch.uint8) for n in (batch, 16))
+    mask = torch.rand(batch, size, size) < 0.3
+    while True:
         views.composite(rgb, mask, tables)
-        return batch
-
-    return step
+        yield batch
 
 
 SETTINGS = dict(
@@ -172,9 +130,19 @@ SETTINGS = dict(
 )
 
 
-def one_setting(conn, setting: str, args: Args):
-    """A process: env steps/s of one scene, a picture after each, with one setting changed. Each
-    message asks for a window."""
+def pictured_steps(env, draw: bool):
+    """Env steps of one scene, a picture after each."""
+    for count in itertools.count():
+        if count % env.pack.max_episode_steps == 0:
+            env.reset(seed=0, options=dict(episodes=[env.sample(count, "train")]))
+        env.step(random_actions())
+        if draw:
+            env.picture()
+        yield 1
+
+
+def one_setting(conn, setting: str, seconds: float):
+    """A process: env steps/s with one setting changed. Each message asks for a window."""
     torch.set_num_threads(1)
     if setting not in ("threads", "cores"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -188,34 +156,22 @@ def one_setting(conn, setting: str, args: Args):
                 env.scene.add_directional_light([0.3, 0.2, -1], [1, 1, 1], shadow=i == 0)
 
         PutOnPlate._load_lighting = with_shadow
-    size = args.image_size or envs.find_pack("builtin").image_size
     if setting == "observation":
         PutOnPlate.SUPPORTED_OBS_MODES = ("rgb+segmentation",)  # the first is what make_env takes
-    env = envs.make_env("builtin", size)
-    rng, count = np.random.default_rng(0), [0]
-
-    def step():
-        if count[0] % env.pack.max_episode_steps == 0:
-            env.reset(seed=0, options=dict(episodes=[env.sample(count[0], "train")]))
-        count[0] += 1
-        env.step((rng.uniform(-1, 1, 7) * SCALE).astype(np.float32))
-        if setting != "observation":
-            env.picture()
-        return 1
-
-    step()
+    steps = pictured_steps(envs.make_env("builtin"), draw=setting != "observation")
+    next(steps)
     while conn.recv():
-        conn.send(window(step, args.seconds))
+        conn.send(window(steps, seconds))
 
 
 def settings_table(args: Args):
     context, pipes = multiprocessing.get_context("spawn"), {}
     for setting in SETTINGS:
         pipes[setting], theirs = context.Pipe()
-        os.environ["LP_NUM_THREADS"] = (
-            str(len(os.sched_getaffinity(0))) if setting == "threads" else "0"
-        )
-        context.Process(target=one_setting, args=(theirs, setting, args), daemon=True).start()
+        threads = len(os.sched_getaffinity(0)) if setting == "threads" else 0
+        os.environ["LP_NUM_THREADS"] = str(threads)
+        how = (theirs, setting, args.seconds)
+        context.Process(target=one_setting, args=how, daemon=True).start()
 
     def ask(pipe):
         pipe.send(True)
@@ -223,10 +179,11 @@ def settings_table(args: Args):
 
     for pipe in pipes.values():
         ask(pipe)  # starts up
-    rates = [{setting: ask(pipe) for setting, pipe in pipes.items()} for _ in range(args.windows)]
-    print("\n| one scene, one process, a picture at every step | ms per env step |\n|---|---|")
-    for setting, description in SETTINGS.items():
-        print(f"| {description} | {1000 / np.median([rate[setting] for rate in rates]):.1f} |")
+    rates = [[ask(pipe) for pipe in pipes.values()] for _ in range(args.windows)]
+    rows = [["one scene, one process, a picture at every step", "ms per env step"]]
+    for description, rate in zip(SETTINGS.values(), np.median(rates, 0)):
+        rows.append([description, f"{1000 / rate:.1f}"])
+    print(markdown(rows))
     for pipe in pipes.values():
         pipe.send(False)
 
@@ -258,16 +215,16 @@ def iteration_seconds(args: Args, backbone: str):
 def iteration_table(args: Args):
     """Rollout and update of two presets, PPO and PAIR, each as often as there are windows."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print("\n| seconds per iteration | rollout | update | together | env steps/s in the rollout |")
-    print("|---|---|---|---|---|")
+    rows = [
+        ["seconds per iteration", "rollout", "update", "together", "env steps/s in the rollout"]
+    ]
     for backbone in ("openvla-tiny", "openvla-flat"):
         (r0, u0, r1, u1), steps = iteration_seconds(args, backbone)
-        print(f"| `{backbone}`, PPO | {r0:.1f} | {u0:.1f} | {r0 + u0:.1f} | {steps / r0:.0f} |")
-        ratio = (r1 + u1) / (r0 + u0)
-        print(
-            f"| `{backbone}`, PAIR | {r1:.1f} | {u1:.1f} | {r1 + u1:.1f}: {ratio:.2f} x"
-            f" | {steps / r1:.0f} |"
-        )
+        ratio = f": {(r1 + u1) / (r0 + u0):.2f} x"
+        for name, rollout, update, more in (("PPO", r0, u0, ""), ("PAIR", r1, u1, ratio)):
+            seconds = [f"{rollout:.1f}", f"{update:.1f}", f"{rollout + update:.1f}{more}"]
+            rows.append([f"`{backbone}`, {name}", *seconds, f"{steps / rollout:.0f}"])
+    print(markdown(rows))
 
 
 def main(args: Args):
@@ -276,59 +233,49 @@ def main(args: Args):
     if args.settings:
         return settings_table(args)
     torch.set_num_threads(1)
-    size, n = args.image_size or envs.find_pack(args.assets).image_size, args.num_workers
-    name, plain_step = plain_maniskill(args.assets, size)
+    pack = envs.find_pack(args.assets)
+    size = pack.image_size
+    plain = {"builtin": "PickCube-v1", "rl4vla": "PutCarrotOnPlateInScene-v1"}[args.assets]
 
-    def make(num_workers, scenes=1, **views):
-        return envs.make_envs(
-            scenes * num_workers, args.assets, num_workers=num_workers, image_size=size, **views
+    def make(num_workers=1, scenes=1, **drawn):
+        vec = envs.make_envs(
+            scenes * num_workers, args.assets, num_workers=num_workers, image_size=size, **drawn
         )
+        return opened.enter_context(vec)
 
-    with (
-        make(1) as plain,
-        make(1, alter=views.task_altering) as one,
-        make(1, 8, alter=views.task_altering) as eight,
-        make(n, 8, alter=views.task_altering) as many,
-        make(1, preserve=views.rerendered) as drawn,
-    ):
+    with ExitStack() as opened:
+        altered = dict(alter=views.task_altering)
         rate = medians(
             args,
-            plain=episodes(plain),
-            clutter=episodes(plain, "clutter-8"),
-            chunks=episodes(plain, chunk=5),
-            one=episodes(one),
-            eight=episodes(eight),
-            many=episodes(many),
-            drawn=episodes(drawn),
-            maniskill=plain_step,
+            plain=episodes(make()),
+            clutter=episodes(make(), "clutter-8"),
+            chunks=episodes(make(), chunk=5),
+            one=episodes(make(**altered)),
+            eight=episodes(make(1, 8, **altered)),
+            many=episodes(make(2, 8, **altered)),
+            drawn=episodes(make(preserve=views.rerendered)),
+            maniskill=plain_maniskill(plain, size, pack.max_episode_steps),
             demos=demonstrations(args.assets, size),
             compose=compositing(size),
         )
-    pack = f"`{args.assets}`"
+    ms = {name: 1000 / each for name, each in rate.items()}
     rows = [
-        (f"{pack}, image + altered view, one process", f"{rate['one']:.0f} env steps/s"),
-        (f"{pack}, image only, one process", f"{rate['plain']:.0f} env steps/s"),
-        (f"{pack}, image only, `clutter-8`, one process", f"{rate['clutter']:.0f} env steps/s"),
-        (f"{pack}, an image every 5 steps, one process", f"{rate['chunks']:.0f} decisions/s"),
-        (
-            f"{pack}, image + altered view, 8 scenes in one process",
-            f"{rate['eight']:.0f} env steps/s",
-        ),
-        (
-            f"{pack}, image + altered view, 8 scenes in each of {n} processes",
-            f"{rate['many']:.0f} env steps/s",
-        ),
-        (f"plain `{name}`, rgb+segmentation, one process", f"{rate['maniskill']:.0f} env steps/s"),
-        (f"{pack} with the altered view / `{name}`", f"{rate['one'] / rate['maniskill']:.1f} x"),
-        (f"{n} processes / one, 8 scenes in each", f"{rate['many'] / rate['eight']:.2f} x"),
-        ("an altered view costs", f"{1000 / rate['one'] - 1000 / rate['plain']:.1f} ms"),
-        ("a re-rendered o_pre costs", f"{1000 / rate['drawn'] - 1000 / rate['plain']:.1f} ms"),
-        ("a composite (Eq. 5) costs", f"{1000 / rate['compose']:.2f} ms"),
-        ("successful demonstrations, one process", f"{60 * rate['demos']:.0f} per minute"),
+        [f"`{args.assets}`, {size} x {size} pixels, {len(os.sched_getaffinity(0))} cores", ""],
+        ["image + altered view, one process", f"{rate['one']:.0f} env steps/s"],
+        ["image only", f"{rate['plain']:.0f} env steps/s"],
+        ["image only, `clutter-8`", f"{rate['clutter']:.0f} env steps/s"],
+        ["an image every 5 steps", f"{rate['chunks']:.0f} decisions/s"],
+        ["image + altered view, 8 scenes", f"{rate['eight']:.0f} env steps/s"],
+        ["the same in each of 2 processes", f"{rate['many']:.0f} env steps/s"],
+        [f"plain `{plain}`, rgb+segmentation", f"{rate['maniskill']:.0f} env steps/s"],
+        ["image + altered view / plain", f"{rate['one'] / rate['maniskill']:.1f} x"],
+        ["2 processes / one, 8 scenes in each", f"{rate['many'] / rate['eight']:.2f} x"],
+        ["an altered view costs", f"{ms['one'] - ms['plain']:.1f} ms"],
+        ["a re-rendered o_pre costs", f"{ms['drawn'] - ms['plain']:.1f} ms"],
+        ["a composite (Eq. 5) costs", f"{ms['compose']:.2f} ms"],
+        ["successful demonstrations", f"{60 * rate['demos']:.0f} per minute"],
     ]
-    print(f"\n| {size} x {size} pixels, {len(os.sched_getaffinity(0))} cores | |\n|---|---|")
-    for row, value in rows:
-        print(f"| {row} | {value} |")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

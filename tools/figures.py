@@ -19,10 +19,12 @@ kl           densities of KL(o, held-out tables) and KL(o, moved target) over fr
              checkpoint and, for each arm, the last in files of `tools/probe_kl.py --records`
 """
 
+import itertools
 import json
 import re
 import sys
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -37,17 +39,9 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from evaluate import (
-    METRICS,
-    TRAINING_CAMERAS,
-    align,
-    check_protocol,
-    rate,
-    read_arms,
-    read_records,
-    rows_of_splits,
-)
-from runtime import Fault, command_line
+import evaluate
+from evaluate import METRICS, TRAINING_CAMERAS, rate, read_arms, read_records
+from runtime import Fault, command_line, writing_to
 from tools.tables import COLUMNS, columns_of
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
@@ -83,15 +77,11 @@ def panels(count: int):
 
 def save(figure, out: str):
     """PNG and PDF. The same records give the same bytes: no date is written."""
-    path = Path(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{path}.png", dpi=150)
-        figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
-    except OSError as error:
-        raise Fault(f"cannot write to {path} ({error.strerror}): pass another --out") from None
+    with writing_to(Path(out)):
+        figure.savefig(f"{out}.png", dpi=150)
+        figure.savefig(f"{out}.pdf", metadata={"CreationDate": None})
     plt.close(figure)
-    print(f"{path}.png {path}.pdf")
+    print(f"{out}.png {out}.pdf")
 
 
 def draw(axis, xs, estimates, number=0, name=None, line="-"):
@@ -104,18 +94,19 @@ def draw(axis, xs, estimates, number=0, name=None, line="-"):
     axis.errorbar(xs, middle, [below, above], label=name, **style)
 
 
+def band(axis, xs, curves, colour):
+    """From the lowest of the curves (R, T) to the highest."""
+    axis.fill_between(xs, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
+
+
 def percent_axis(axis):
     axis.set(ylabel="success (%)", ylim=(0, 100))
     axis.legend(frameon=False)
 
 
-def read_aligned(arms: dict[str, list[str]]):
-    return align({name: [read_records(run) for run in runs] for name, runs in arms.items()})
-
-
 def numbered_splits(outcomes, kind: str, train: float) -> dict[float, list]:
     """{number in the name of a split: its row}, in order; `train` stands for a number."""
-    rows, numbers = rows_of_splits(outcomes), {}
+    rows, numbers = evaluate.rows_of_splits(outcomes), {}
     for split in outcomes.splits:
         match = re.fullmatch(kind + r"[-+](\d+(?:\.\d+)?)", split)
         if match or split == "train":
@@ -125,7 +116,7 @@ def numbered_splits(outcomes, kind: str, train: float) -> dict[float, list]:
 
 def draw_splits(args, arms, kind: str, train: float):
     """Every arm's success against the number in the name of a split."""
-    outcomes = read_aligned(arms)
+    outcomes = evaluate.read_aligned(arms)
     numbers = numbered_splits(outcomes, kind, train)
     if len(numbers) < 2:
         raise Fault(
@@ -143,7 +134,7 @@ def draw_splits(args, arms, kind: str, train: float):
 
 # ------------------------------------------------------------------------------------ the figures
 def success_by_iteration(run: str, splits: list[str], metric: str) -> tuple[dict, list]:
-    """{iteration: success in each of the splits}, and the records."""
+    """{iteration: success in each of the splits}, and the records of each evaluation."""
     by_iteration, everything = {}, []
     for file in sorted(Path(run).rglob("episodes.jsonl")):
         records = read_records(file)
@@ -169,24 +160,19 @@ def figure_iterations(args: Args, arms: dict[str, list[str]]):
     splits = [args.id_split, args.ood_split]
     figure, axes = panels(2)
     records = {}
-    for number, (name, runs) in enumerate(arms.items()):
-        of_runs = []
-        for run in runs:
-            by_iteration, of_run = success_by_iteration(run, splits, args.metric)
-            of_runs.append(by_iteration)
-            records.setdefault(name, []).extend(of_run)
+    for colour, (name, runs) in zip(itertools.cycle(COLOURS), arms.items()):
+        of_runs, of_records = zip(*(success_by_iteration(r, splits, args.metric) for r in runs))
+        records[name] = sum(of_records, [])
         iterations = sorted(set.intersection(*map(set, of_runs)))
         if not iterations:
             raise Fault(f"the runs of {name} were evaluated at no iteration that they all share")
-        for axis, split in zip(axes, range(2), strict=True):
-            curves = np.array([[run[i][split] for i in iterations] for run in of_runs])  # (R, T)
-            colour = COLOURS[number % len(COLOURS)]
-            label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
-            axis.plot(iterations, curves.mean(0), "o-", color=colour, markersize=3, label=label)
-            lowest, highest = curves.min(0), curves.max(0)
-            axis.fill_between(iterations, lowest, highest, color=colour, alpha=0.2, lw=0)
-    check_protocol(records)
-    for axis, where, split in zip(axes, ("in", "out of"), splits, strict=True):
+        curves = np.array([[run[i] for i in iterations] for run in of_runs])  # (R, T, 2)
+        label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
+        for axis, curve in zip(axes, np.moveaxis(curves, 2, 0)):
+            axis.plot(iterations, curve.mean(0), "o-", color=colour, markersize=3, label=label)
+            band(axis, iterations, curve, colour)
+    evaluate.check_protocol(records)
+    for axis, where, split in zip(axes, ("in", "out of"), splits):
         axis.set(title=f"{where} distribution ({split})", xlabel="iteration")
         percent_axis(axis)
     return figure
@@ -203,15 +189,14 @@ def figure_lambda(args: Args, arms: dict[str, list[str]]):
         xs = [float(name) for name in arms]
     except ValueError:
         raise Fault("an arm's name is its lambda_inv here: write 0=RUN 1=RUN 2=RUN 4=RUN") from None
-    outcomes = read_aligned(arms)
+    outcomes = evaluate.read_aligned(arms)
     columns = {c: row for c, row in columns_of(outcomes).items() if c in COLUMNS[:-1]}
     if not columns:
         raise Fault(f"the records hold {', '.join(outcomes.splits)}: evaluate an OOD split too")
     figure, axes = panels(len(columns))
-    for axis, (column, row) in zip(axes, columns.items(), strict=True):
-        of_arms = zip(xs, outcomes.success[args.metric].values(), strict=True)
-        points = sorted((value, i, rate(x, row)) for i, (value, x) in enumerate(of_arms))
-        draw(axis, [value for value, *_ in points], [estimate for *_, estimate in points])
+    success = dict(sorted(zip(xs, outcomes.success[args.metric].values()), key=itemgetter(0)))
+    for axis, (column, row) in zip(axes, columns.items()):
+        draw(axis, list(success), [rate(x, row) for x in success.values()])
         axis.set(title=column, xlabel="lambda_inv", xticks=xs, ylim=(0, 100), ylabel="success (%)")
     return figure
 
@@ -256,13 +241,13 @@ def figure_kl(args: Args, arms: dict[str, list[str]]):
     sets = {f"before ({Path(next(iter(first))).name})": [next(iter(first.values()))]}
     sets |= {name: [list(kls.values())[-1] for kls in runs] for name, runs in files.items()}
     figure, axes = panels(2)
-    for axis, (view, title) in zip(axes, VIEWS.items(), strict=True):
+    colours = [COLOURS[-1], *COLOURS[:-1]]  # black: before
+    for axis, (view, title) in zip(axes, VIEWS.items()):
         values = {n: np.concatenate([k[view] for k in ks]).clip(1e-6) for n, ks in sets.items()}
         ends = np.log10(np.quantile(np.concatenate(list(values.values())), [0.002, 0.998]))
         edges = np.logspace(ends[0] - 0.05, ends[1] + 0.05, 41)
-        for number, (name, kl) in enumerate(values.items()):
+        for colour, (name, kl) in zip(itertools.cycle(colours), values.items()):
             share = 100 * np.histogram(kl, edges)[0] / len(kl)
-            colour = COLOURS[-1] if number == 0 else COLOURS[(number - 1) % (len(COLOURS) - 1)]
             axis.stairs(share, edges, color=colour, lw=1.5, label=name)
             axis.axvline(np.median(kl), color=colour, ls=":", lw=1)
         axis.set(title=title, xscale="log", xlabel="nats (dotted: median)", ylabel="frames (%)")

@@ -1,10 +1,9 @@
 """One contact sheet: the same six episodes in every split, and the views of a frame with their
 mask. Or the pair of one frame: o, M, b, o_pre, o_alt.
 
-python envs.py --gallery docs/gallery.png
-python envs.py --gallery docs/gallery_rl4vla.png --assets rl4vla
-python tools/gallery.py --pair docs/pair.png
-python tools/gallery.py --pair pair.png --assets flat    # without a simulator
+    python envs.py --gallery docs/gallery.png --assets builtin
+    python tools/gallery.py --pair docs/pair.png
+    python tools/gallery.py --pair pair.png --assets flat    # without a simulator
 """
 
 import sys
@@ -44,7 +43,7 @@ ABOUT = {
     "camera-15": "and the other way",
 }
 
-PAIR_EPISODE, PAIR_SEED, PAIR_TABLE = 1, 1, 9  # a frame in which the pair is easy to see
+TILE = 224  # pixels of one picture
 
 
 def pictures(env) -> list:
@@ -78,14 +77,13 @@ def pictures(env) -> list:
     ]
     still = "task-preserving (Eq. 5)\nand task-altering view\nof a training frame"
     lifted = "the same with the target\nin the gripper: physics\ndoes not notice"
-    for text, episode_id, lift, background, seeds in (
-        (still, 2, False, 5, (3, 1)),
-        (lifted, 4, True, 9, (3, 2)),
+    for text, lift, episode_id, background, seeds in (
+        (still, False, 2, 5, (3, 1)),
+        (lifted, True, 4, 9, (3, 2)),
     ):
         reset(episode_id, "train")
         while lift and not (env.grasped and env.target_entity.pose.p[2] > TABLE_Z + 0.045):
             env.step(env.pack.oracle(env))
-            env.elapsed += 1
             assert env.elapsed < env.pack.max_episode_steps, "the oracle lifts the target"
         rgb, mask = look()
         empty = env.empty_tables([background])
@@ -131,13 +129,13 @@ def save(sheet: Image.Image, file: str):
     print(f"{file}: {sheet.width} x {sheet.height} pixels")
 
 
-def draw_pair(file: str, assets: str, tile: int = 224):
+def draw_pair(file: str, assets: str):
     """Writes the PNG `file`: a frame, its mask, a background, and its two views."""
     check_file(file)
-    size = None if assets == "flat" else tile
+    size = None if assets == "flat" else TILE
     with make_envs(1, assets, image_size=size, num_workers=1, alter=views.task_altering) as vec:
-        obs = vec.reset([PAIR_EPISODE], "train", alter_seed=PAIR_SEED)
-        empty = vec.backgrounds([PAIR_TABLE])
+        obs = vec.reset([1], "train", alter_seed=1)  # a frame in which the pair is easy to see
+        empty = vec.backgrounds([9])
     shown = {
         "o": obs["rgb"][0],
         "M": obs["mask"][0][..., None].expand(-1, -1, 3) * 255,
@@ -146,35 +144,36 @@ def draw_pair(file: str, assets: str, tile: int = 224):
         "o_alt": obs["rgb_alt"][0],
     }
     gap, head = 6, 24
-    sheet = Image.new("RGB", (gap + len(shown) * (tile + gap), head + tile + gap), "white")
+    sheet = Image.new("RGB", (gap + len(shown) * (TILE + gap), head + TILE + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     for i, (name, picture) in enumerate(shown.items()):
-        x = gap + i * (tile + gap)
-        draw.text((x + tile // 2, head // 2), name, "black", font, anchor="mm")
+        x = gap + i * (TILE + gap)
+        draw.text((x + TILE // 2, head // 2), name, "black", font, anchor="mm")
         picture = Image.fromarray(picture.to(torch.uint8).numpy())
-        sheet.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (x, head))
+        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.NEAREST), (x, head))
     save(sheet, file)
 
 
-def draw_sheet(file: str, assets: str, tile: int = 224):
-    """Writes the PNG `file`; tile: pixels of one picture."""
+def draw_sheet(file: str, assets: str):
+    """Writes the PNG `file`."""
     check_file(file)
-    rows = pictures(make_env(assets, tile))
+    rows = pictures(make_env(assets, TILE))
     left, gap, head = 200, 4, 22
-    bottom = [head * (captions is not None) + tile + gap for *_, captions in rows]
-    sheet = Image.new("RGB", (left + 6 * (tile + gap), gap + sum(bottom)), "white")
+    height = len(rows) * (TILE + gap) + head * sum(captions is not None for *_, captions in rows)
+    sheet = Image.new("RGB", (left + 6 * (TILE + gap), gap + height), "white")
     draw, y = ImageDraw.Draw(sheet), gap
     big, small = ImageFont.load_default(26), ImageFont.load_default(15)
     for title, text, shown, captions in rows:
-        for j, picture in enumerate(shown):
-            x = left + j * (tile + gap)
-            if captions is not None:
-                draw.text((x + 2, y + 2), captions[j], "black", small)
-            sheet.paste(Image.fromarray(picture), (x, y + head * (captions is not None)))
-        top = y + head * (captions is not None)
-        draw.text((10, top + 10), title, "black", big)
-        draw.multiline_text((10, top + 48), text, "dimgray", small, spacing=5)
-        y = top + tile + gap
+        xs = [left + j * (TILE + gap) for j in range(6)]
+        if captions is not None:
+            for x, caption in zip(xs, captions):
+                draw.text((x + 2, y + 2), caption, "black", small)
+            y += head
+        for x, picture in zip(xs, shown):
+            sheet.paste(Image.fromarray(picture), (x, y))
+        draw.text((10, y + 10), title, "black", big)
+        draw.multiline_text((10, y + 48), text, "dimgray", small, spacing=5)
+        y += TILE + gap
     save(sheet, file)
 
 

@@ -4,6 +4,7 @@ Success, both KLs, the KL between unrelated frames and the entropy against itera
 PDF: RUN/curves.png, or with several runs curves.png where you are, or --out.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ PANELS = {
     "KL between unrelated frames": ("unrelated_kl",),
     "entropy": ("entropy",),
 }
-DASHES = ("-", "--")  # the second key of a panel is dashed
 
 
 @dataclass
@@ -39,8 +39,7 @@ class Args:
 
 
 def read_log(run: str) -> dict[str, tuple[list[int], list[float]]]:
-    """RUN/log.jsonl -> {key: (iterations, values)}. A resumed run may log an iteration twice: the
-    later line counts."""
+    """RUN/log.jsonl -> {key: (iterations, values)}. A later line of an iteration counts."""
     file, lines = Path(run) / "log.jsonl", {}
     try:
         for line in file.read_text().splitlines():
@@ -61,27 +60,22 @@ def read_log(run: str) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def smoothed(values: list[float], width: int) -> np.ndarray:
-    """The mean of the last `width` values at each point."""
-    return np.array([np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])
-
-
 def main(args: Args):
     if args.smooth < 1:
         raise Fault("--smooth must be at least 1")
     logs = {run: read_log(run) for run in args.runs}
     figure, axes = panels(len(PANELS))
-    for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
-        for number, (run, curves) in enumerate(logs.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            for key, dash in zip(keys, DASHES, strict=False):
+    for axis, (title, keys) in zip(axes, PANELS.items()):
+        for colour, (run, curves) in zip(itertools.cycle(COLOURS), logs.items()):
+            for key, dash in zip(keys, ("-", "--")):
                 if key not in curves:
                     continue
                 xs, ys = curves[key]
                 label = " ".join([Path(run).name] * (len(logs) > 1) + [key] * (len(keys) > 1))
                 if key == "success":
                     axis.plot(xs, ys, color=colour, alpha=0.25, lw=1)
-                    ys = smoothed(ys, args.smooth)
+                    ends = range(1, len(ys) + 1)
+                    ys = [np.mean(ys[max(0, end - args.smooth) : end]) for end in ends]
                 axis.plot(xs, ys, dash, color=colour, lw=1.5, label=label or None)
         axis.set(title=title, xlabel="iteration")
         if title != "success":

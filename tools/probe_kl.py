@@ -1,15 +1,13 @@
-"""How far apart are a policy's actions on paired views? `python tools/probe_kl.py CHECKPOINT
-[CHECKPOINT ...]`
+"""How far apart are a policy's actions on paired views? `python tools/probe_kl.py CHECKPOINT ...`
 
 The first checkpoint plays `--episodes` episodes of `train` at temperature 1. Every checkpoint is
 then asked about those very frames, actions and views, so that the rows differ by the weights alone.
 Mean KL in nats (over a decision's dimensions and over frames) and its change against the first
 checkpoint: of the mean, in which a few frames weigh much, and of a typical frame (the geometric
-mean), in %; both with 95 % intervals by a bootstrap over episodes:
+mean), in %. Both with 95 % intervals by a bootstrap over episodes.
 
-held-out tables  o against Eq. (5) with the five tables that no training frame shows: what L_inv
-should lower
-moved target     o against the target drawn elsewhere: what L_sen should keep up
+held-out tables  o against Eq. (5) with the tables that no training frame shows: L_inv lowers it
+moved target     o against the target drawn elsewhere: L_sen keeps it up
 unrelated        o against another episode's frame: falls too when a policy stops looking
 """
 
@@ -49,14 +47,12 @@ class Args:
 def main(args: Args):
     first = policies.load_policy(args.backbone, args.checkpoints[0])
     pack = find_pack(args.assets)
-    # Of episodes, as many at once as one process can hold scenes: of each its (obs, instructions,
-    # rgb_pre, latent)
-    rounds = []
+    drawn = dict(image_size=first.image_size, resize=first.resize, alter=views.task_altering)
+    rounds = []  # of episodes, as many as one process can hold scenes
     ids = episode_ids("eval", 0, 0, args.episodes)
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
         part, frames = ids[start : start + 256], []
-        drawn = dict(image_size=first.image_size, resize=first.resize, alter=views.task_altering)
         with make_envs(len(part), args.assets, **drawn) as vec:
             obs, done = vec.reset(part, "train"), torch.tensor([False])
             tables = vec.backgrounds(range(pack.train_tables, pack.num_tables))
@@ -93,9 +89,11 @@ def main(args: Args):
             kls.append(torch.stack(of_round, 1))
         kls = torch.cat(kls, 2).numpy()  # (3, T, N)
         for i, episode_id in enumerate(ids):
-            values = zip(("held_out_tables", "moved_target", "unrelated"), kls[:, :, i])
-            record = {name: [float(f"{value:.4g}") for value in kl] for name, kl in values}
-            lines.append(json.dumps({"checkpoint": directory, "episode_id": episode_id} | record))
+            record = {"checkpoint": directory, "episode_id": episode_id}
+            for name, kl in zip(names, kls[:, :, i]):
+                key = name.replace("-", "_").replace(" ", "_")
+                record[key] = [float(f"{value:.4g}") for value in kl]
+            lines.append(json.dumps(record))
         if args.records:
             write_text(Path(args.records), "\n".join(lines) + "\n")
         reference = kls if reference is None else reference

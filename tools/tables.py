@@ -19,24 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from evaluate import (
-    METRICS,
-    Outcomes,
-    align,
-    difference,
-    is_ood,
-    markdown,
-    percent,
-    rate,
-    read_arms,
-    read_records,
-    rows_of_splits,
-    shift_of,
-)
-from runtime import Fault, command_line, write_text
+import evaluate
+from evaluate import METRICS, Outcomes, difference, markdown, percent, rate
+from runtime import command_line, write_text, writing_to
 
 # Tables 1 and 2: unseen texture, lighting, pose, clutter, and their mean.
 COLUMNS = ("texture", "lighting", "pose", "clutter", "OOD average")
@@ -60,26 +49,24 @@ class Args:
 
 def columns_of(outcomes: Outcomes) -> dict[str, list]:
     """Splits in distribution, kinds of shift (clutter is the mean over its levels), OOD average."""
-    rows = rows_of_splits(outcomes)
-    columns = {split: rows[split] for split in outcomes.splits if not is_ood(split)}
-    ood = list(filter(is_ood, outcomes.splits))
-    for kind in dict.fromkeys(map(shift_of, ood)):
-        levels = [split for split in ood if shift_of(split) == kind]
-        columns[kind] = [(1 / len(levels), rows[split][0][1]) for split in levels]
-    if ood:
+    rows, levels = evaluate.rows_of_splits(outcomes), {}
+    for split in filter(evaluate.is_ood, outcomes.splits):
+        levels.setdefault(evaluate.shift_of(split), []).append(rows[split][0][1])
+    columns = {split: rows[split] for split in outcomes.splits if not evaluate.is_ood(split)}
+    for kind, masks in levels.items():
+        columns[kind] = [(1 / len(masks), mask) for mask in masks]
+    if levels:
         columns["OOD average"] = rows["OOD average"]
     return columns
 
 
 def objects_of(outcomes: Outcomes) -> dict[str, list]:
     """The mean over all episodes with one target object, in whatever split."""
-    sentences = sorted(set(outcomes.instructions[outcomes.present]))
-    return {
-        sentence.removeprefix("put ").removesuffix(" on plate"): [
-            (1.0, outcomes.present & (outcomes.instructions == sentence))
-        ]
-        for sentence in sentences
-    }
+    rows = {}
+    for sentence in sorted(set(outcomes.instructions[outcomes.present])):
+        name = sentence.removeprefix("put ").removesuffix(" on plate")
+        rows[name] = [(1.0, outcomes.present & (outcomes.instructions == sentence))]
+    return rows
 
 
 def paper_value(family: str, arm: str, column: str) -> float | None:
@@ -119,7 +106,7 @@ def object_table(outcomes: Outcomes, metric: str) -> list[list[str]]:
 
 
 def csv_text(outcomes: Outcomes, family: str) -> str:
-    rows = rows_of_splits(outcomes) | columns_of(outcomes)
+    rows = evaluate.rows_of_splits(outcomes) | columns_of(outcomes)
     rows |= {f"object: {name}": row for name, row in objects_of(outcomes).items()}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -146,23 +133,18 @@ def latex(table: list[list[str]]) -> str:
         return f"{value} {{\\scriptsize [{interval}}}" if bracket else cell
 
     header, *rows = [" & ".join(map(escaped, row)) + r" \\" for row in table]
-    lines = [
-        rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}",
-        r"\toprule",
-        header,
-        r"\midrule",
-    ]
-    return "\n".join([*lines, *rows, r"\bottomrule", r"\end{tabular}"])
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
+    lines = [begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines)
 
 
 def main(args: Args):
-    paths = read_arms(args.arms)
-    arms = {name: [read_records(run) for run in runs] for name, runs in paths.items()}
-    outcomes = align(arms)
+    paths = evaluate.read_arms(args.arms)
+    arms = {name: [evaluate.read_records(run) for run in runs] for name, runs in paths.items()}
+    outcomes = evaluate.align(arms)
     backbone = next(iter(arms.values()))[0][0]["backbone"]
     family = "pi" if backbone.startswith("pi") else "openvla"
-    episodes = outcomes.present.sum(0)
-    per_split = " or ".join(map(str, sorted({int(n) for n in episodes})))
+    per_split = " or ".join(map(str, np.unique(outcomes.present.sum(0))))
     runs = ", ".join(f"{name} {len(runs)}" for name, runs in arms.items())
     over = "runs and episodes" if max(map(len, arms.values())) > 1 else "episodes alone"
     note = (
@@ -178,16 +160,10 @@ def main(args: Args):
         parts += [f"**{metric}, by object (all splits)**", markdown(object_table(outcomes, metric))]
     text = "\n\n".join(parts)
     out = Path(args.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for ending, content in (
-            (".md", text + "\n"),
-            (".csv", csv_text(outcomes, family)),
-            (".tex", "\n".join(tex) + "\n"),
-        ):
-            write_text(out.with_name(out.name + ending), content)
-    except OSError as error:
-        raise Fault(f"cannot write to {out} ({error.strerror}): pass another --out") from None
+    with writing_to(out):
+        write_text(out.with_name(out.name + ".md"), text + "\n")
+        write_text(out.with_name(out.name + ".csv"), csv_text(outcomes, family))
+        write_text(out.with_name(out.name + ".tex"), "\n".join(tex) + "\n")
     print(text)
 
 
