@@ -694,7 +694,7 @@ def main(args: Args):
     pictures = {"image_size": policy.image_size, "resize": policy.resize}
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (
-        make_envs(num_envs, assets, sim=sim, num_workers=runtime.own_cores(), **pictures) as envs,
+        make_envs(num_envs, assets, sim=sim, **pictures) as envs,
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
     ):
         protocol = {

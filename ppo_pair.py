@@ -64,7 +64,8 @@ PRESETS = {
     "critic_warmup":          (0,        0,        0,        3,         1,         2,      2),
     "warmup_epochs":          (4,        4,        4,        4,         8,         3,      3),
     # DEVIATION: with the current weights as Eq. (2)'s target (None) pi05-flat learns at lambda_inv
-    # 0.5 and forgets what it knew at 4 (results/README.md). 0: the target is the start
+    # 0.5 and forgets what it knew at 4 (results/README.md). 0: the target is the start. pi05-tiny
+    # has only been run with the start
     "inv_target_rate":        (None,     None,     None,     None,      0.0,       0.0,    0.0),
     "target_kl":              (0.0,      0.0,      0.0,      0.04,      0.0,       0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
@@ -407,7 +408,6 @@ def main(args: Args):
         len(own),
         args.assets,
         sim=args.sim,
-        num_workers=runtime.own_cores(),
         image_size=policy.image_size,
         resize=policy.resize,
         alter=views.task_altering if args.sen_coef else None,
