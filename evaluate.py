@@ -22,14 +22,12 @@ evaluation into the same folder replaces the splits that it plays and keeps the 
 * Actions are sampled at temperature 0.6, as RL4VLA and RLinf do (`--temperature 0` is argmax).
 * OOD average: as Table 1, the mean over kinds of shift, where clutter is the mean over its levels.
   A camera counts as OOD from above 20 degrees on (Section 5.5).
-* Records of an earlier version hold no protocol. They are compared with one another alone.
 """
 
 import functools
 import json
 import math
 import re
-import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -232,10 +230,6 @@ def read_records(path: str | Path) -> list[dict]:
             assert all(type(record[name]) is kind for name, kind in KINDS.items())
         except (ValueError, KeyError, TypeError, AssertionError):
             raise Fault(f"{path}, line {i}, is not an episode record: {again}") from None
-        if {*RECORDED} & record.keys() == {"steps"}:  # of an earlier version
-            if i == 1:
-                print(f"{path} does not say how it was played", file=sys.stderr)
-            record = dict.fromkeys(RECORDED, "not recorded") | {"ablate": "none"} | record
         first = next(iter(records.values()), record)
         for name in RECORDED:
             if name not in record:

@@ -226,7 +226,6 @@ def seed_all(*key: int):
 EPISODE_RANGES = {
     "scenes": (0, 0, 200_000),  # sft.py uses the same episodes with every seed
     "demos": (200_000, 0, 200_000),
-    "mixed demos": (400_000, 0, 200_000),
     "held-out demos": (600_000, 0, 200_000),
     "eval": (1_000_000_000, 1_000_000, 1_000_000),
     "train": (2**62, 2**31, 2**31),

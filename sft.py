@@ -28,6 +28,11 @@ import policies
 from envs import find_pack, make_envs
 from runtime import Fault, command_line, episode_ids, whole_directory
 
+# A token of OpenVLA sees the words before it alone. So the question has to begin as the task does:
+# what those words have found then serves both. In pi's prefix every patch sees every word.
+ASK_AS_A_TASK = "put {instruction} on plate where <out>"
+ASK = "where is the {instruction} <out>"
+
 
 @dataclass
 class Args:
@@ -42,9 +47,8 @@ class Args:
     scenes: int = 1000
     """episodes with four distractors for pretraining"""
     demos: int = 2400
-    """scripted episodes for behaviour cloning; those that fail are left out"""
-    distractor_share: float = 0.0
-    """share of them with a distractor (the paper's demonstrations have none, A.1)"""
+    """scripted episodes without a distractor (A.1) for behaviour cloning; those that fail are left
+    out"""
     pretrain_steps: int = 900
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 3600
@@ -54,6 +58,8 @@ class Args:
     that errs; flat: share of a demonstration's moves that go anywhere"""
     grounding: bool = True
     """both stages ask where things are"""
+    question: str = ASK_AS_A_TASK
+    """in these words. {instruction} is the object's name"""
     keep_seeing: bool = False
     """segmentation and alignment go on in behaviour cloning"""
     batch_size: int = 64
@@ -63,8 +69,9 @@ class Args:
 
 
 FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
-DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": {}, "openvla-flat": FLAT, "pi05-flat": FLAT}
+            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)
+DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": dict(question=ASK),
+            "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 
 
 def preset(backbone: str = "pi05-tiny", **changes) -> Args:
@@ -235,18 +242,15 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
 
 
 def grounding_answers(batch, pack):
-    """Asks "where is X" of a random object in each frame -> names of X, answers (B, 1, 7) in
-    [-1, 1], as the pack gives them."""
+    """Of a random object X in each frame -> the name of X, and the answers (B, 1, 7) to "where is
+    X?" in [-1, 1], as the pack gives them."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
     answers = pack.answers(places)[:, None]
     asked = batch["object_ids"].gather(1, pick)[:, 0].tolist()
-    return [f"the {pack.names[i]}" for i in asked], answers
-
-
-QUESTION = "where is {instruction} <out>"
+    return [pack.names[i] for i in asked], answers
 
 
 def train(policy, steps: int, args: Args, name: str, losses, heads=()):
@@ -299,7 +303,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return pretraining if torch.rand(()) < 0.6 else demos
 
     def grounding(batch):
-        return policy.sft_loss(batch, *grounding_answers(batch, pack), QUESTION)
+        return policy.sft_loss(batch, *grounding_answers(batch, pack), args.question)
 
     def tasks(batch):
         return [f"put {pack.names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
@@ -384,9 +388,7 @@ def main(args: Args):
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that
         # acts in chunks gets fewer.
         how = (0.25, 1 / max(2, untrained.horizon), args.seed, args.astray)
-        mixed = round(args.demos * args.distractor_share)
-        demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos - mixed), *how)
-        demos += gather(vec, "train", episode_ids("mixed demos", 0, 0, mixed), *how)
+        demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos), *how)
         held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(

@@ -819,12 +819,3 @@ def test_real_simulator_runs_the_same_episodes_twice():
     assert [r["instruction"] for r in runs[0]] == [
         r["instruction"] for r in runs[1]
     ]  # one target per id in all splits
-
-
-def test_records_of_an_earlier_version_are_compared_with_one_another_alone(capsys):
-    """The committed ones: +15.2 points, as results/README.md says. Nobody knows how they were played."""
-    before, after = (f"results/ppo_from_weak_start/{name}.jsonl" for name in ("before", "after"))
-    root = Path(ev.__file__).parent
-    ev.main(ev.Args(compare=(str(root / before), str(root / after))))
-    said = capsys.readouterr()
-    assert "+15.2" in said.out and said.err.count("does not say how it was played") == 2
