@@ -93,6 +93,9 @@ class Args:
     """POINTS: prints how many seeds and episodes it takes to see a difference of that size"""
 
 
+RANGES = {"at least 1": "num_episodes num_envs", "0 or more": "temperature video"}
+
+
 # ----------------------------------------------------------------------------- playing episodes
 def noise_seed(seed: int, split: str, batch: int) -> int:
     """crc32, because Python's hash of a str changes with every process."""
@@ -592,15 +595,9 @@ def check_args(args: Args):
     for name, values in (("split", args.splits), ("seed", args.seeds)):
         if not values or len(set(values)) < len(values):
             raise Fault(f"--{name}s needs at least one {name} and none twice")
-    for flag, number in (("num-envs", args.num_envs), ("num-episodes", args.num_episodes)):
-        if number < 1:
-            raise Fault(f"--{flag} must be at least 1")
+    runtime.check_ranges(args, RANGES)
     if args.ablate.startswith("other-") and min(args.num_envs, args.num_episodes) < 2:
         raise Fault(f"--ablate {args.ablate} needs at least 2 --num-envs and 2 --num-episodes")
-    if not 0 <= args.temperature < math.inf:
-        raise Fault("--temperature must be 0 (argmax) or a positive number")
-    if args.video < 0:
-        raise Fault("--video must be 0 or the number of videos per split")
     for seed in args.seeds:
         episode_ids("eval", seed, 0, args.num_episodes)  # are there so many?
 
