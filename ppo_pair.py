@@ -373,6 +373,15 @@ def update(
 
 
 # ------------------------------------------------------------------------------------------ main
+def make_optimizer(args, policy):
+    """AdamW of two groups, as `update` wants them: the policy's parameters, the value head's."""
+    head = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
+    groups = [dict(params=actor, lr=args.learning_rate)]
+    groups += [dict(params=head, lr=args.value_learning_rate)]
+    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+
+
 def main(args: Args):
     # ---------------------------------------------------------------- set up
     runtime.check_ranges(args, RANGES, policies.RANGES)
@@ -394,11 +403,7 @@ def main(args: Args):
     options = vars(args.policy) | dict(device=device, training=True)
     policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
-    head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [dict(params=actor, lr=args.learning_rate)]
-    groups += [dict(params=head, lr=args.value_learning_rate)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+    optimizer = make_optimizer(args, policy)
     target = policies.SlowCopy(policy, args.inv_target_rate)
     order = torch.Generator()  # of the samples in an update: the same on all ranks
     state = runtime.RunState(args, policy, optimizer, target, resumed)

@@ -12,7 +12,6 @@ waste is not in them. --full-cpu: random weights in the official format are writ
 load_policy, and act, evaluate and go back, in bfloat16 with LoRA.
 """
 
-import copy
 import json
 import math
 import statistics
@@ -37,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import policies
 import ppo_pair
 from backbones.openvla import OPENVLA_TINY, TIMM
+from evaluate import markdown
 
 OPENVLA_7B = {  # what distinguishes the official checkpoint's config.json
     "model_type": "openvla",
@@ -84,7 +84,7 @@ class Args:
 def random_policy(backbone, device, dtype, lora_rank):
     """The backbone with N(0, 0.02) weights, made where they will live; on "meta" with none."""
     with torch.device("meta"):
-        policy = policies.TokenPolicy(copy.deepcopy(CONFIGS[backbone]))
+        policy = policies.TokenPolicy(CONFIGS[backbone])
     for key, p in policy.named_parameters():
         p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
     policy.to_empty(device=device)
@@ -108,12 +108,9 @@ def twenty_ids(text):
 
 def random_obs(policy, count, device):
     size = (count, policy.image_size, policy.image_size)
-    rgb, rgb_alt = (
-        torch.randint(256, (*size, 3), dtype=torch.uint8, device=device) for _ in range(2)
-    )
-    return dict(rgb=rgb, rgb_alt=rgb_alt, mask=torch.rand(size, device=device) < 0.2), [
-        INSTRUCTION
-    ] * count
+    pictures = torch.randint(256, (2, *size, 3), dtype=torch.uint8, device=device)
+    obs = dict(zip(("rgb", "rgb_alt"), pictures), mask=torch.rand(size, device=device) < 0.2)
+    return obs, [INSTRUCTION] * count
 
 
 # ----------------------------------------------------------------------------------------- counting
@@ -258,59 +255,39 @@ def derive(backbone="openvla", lora_rank=32):
 def derived_table(found, table):
     """Markdown: how many samples fit at once, by GPU, and how long an iteration takes at 45 % of a
     data sheet's rate."""
-    resident = found["weights"] + found["optimizer"] + found["rollout"]
-    samples = table["num_envs"] * table["num_steps"]
-
-    def fit(memory, name):
-        fixed, each = found[name]
-        count = int((memory * GIB - resident - fixed) // each)
-        return f"{count}" if count > 0 else "-"
-
-    parts = [
-        ("weights", "weights, bfloat16, with adapters"),
-        ("optimizer", "AdamW"),
-        ("rollout", "observations of a rollout"),
-    ]
-    lines = ["| in memory all the time | GiB |", "|---|---|"]
-    lines += [f"| {text} | {found[name] / GIB:.1f} |" for name, text in parts]
-    lines += ["", "| for each sample at once | GiB | TFLOP |", "|---|---|---|"]
-    names = {"act": "rollout step (KV cache in it)", "ppo": "PPO", "pair": "PAIR"}
-    for key, recompute in (
-        ("act", False),
-        ("ppo", True),
-        ("ppo", False),
-        ("pair", True),
-        ("pair", False),
-    ):
-        each = found[key if key == "act" else (key, recompute)][1]
-        work = found["flops"]["forward" if key == "act" else key]
-        work += recompute * found["flops"]["forward"]
-        text = names[key] + (", gradient checkpointing" if recompute else "")
-        lines.append(f"| {text} | {each / GIB:.2f} | {work / 1e12:.1f} |")
-    columns = {
-        "rollout": "act",
-        "PPO": ("ppo", True),
-        "PPO, nothing recomputed": ("ppo", False),
-        "PAIR": ("pair", True),
-        "PAIR, nothing recomputed": ("pair", False),
+    forward = found["flops"]["forward"]
+    always = {
+        "weights, bfloat16, with adapters": "weights",
+        "AdamW": "optimizer",
+        "observations of a rollout": "rollout",
     }
-    lines += ["", f"| samples that fit | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    lines += [
-        f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |"
-        for gpu, memory in GPU_GIB.items()
-    ]
-    lines += ["", "| one iteration at 45 % of the rate | PPO | PAIR |", "|---|---|---|"]
-    for gpu in ("A100", "H100"):
-        forward, ppo, pair = (found["flops"][name] for name in ("forward", "ppo", "pair"))
-        work = dict(ppo=2 * forward + ppo, pair=2 * forward + pair)  # the rollout, and recomputing
-        minutes = {
-            name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()
-        }
-        lines.append(
-            f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min "
-            f"| {minutes['pair']:.0f} min |"
-        )
-    return "\n".join(lines)
+    rows = [[text, f"{found[name] / GIB:.1f}"] for text, name in always.items()]
+    tables = [[["in memory all the time", "GiB"], *rows]]
+    calls = {  # memory, FLOP, how often the forward pass is recomputed
+        "rollout step (KV cache in it)": ("act", "forward", 0),
+        "PPO, recomputing": (("ppo", True), "ppo", 1),
+        "PPO": (("ppo", False), "ppo", 0),
+        "PAIR, recomputing": (("pair", True), "pair", 1),
+        "PAIR": (("pair", False), "pair", 0),
+    }
+    rows = [["for each sample at once", "GiB", "TFLOP"]]
+    for text, (memory, work, again) in calls.items():
+        tera = (found["flops"][work] + again * forward) / 1e12
+        rows.append([text, f"{found[memory][1] / GIB:.2f}", f"{tera:.1f}"])
+    tables.append(rows)
+    rows = [["samples that fit", *calls]]
+    for gpu, total in GPU_GIB.items():
+        room = total * GIB - sum(found[name] for name in always.values())
+        memories = [found[memory] for memory, *_ in calls.values()]
+        counts = [max(0, int((room - fixed) // each)) for fixed, each in memories]
+        rows.append([gpu, *(str(count or "-") for count in counts)])
+    tables.append(rows)
+    rows = [["one iteration at 45 % of the rate, recomputing", "PPO", "PAIR"]]
+    for gpu in ("A100", "H100"):  # of an iteration are the rollout, and recomputing
+        samples = table["num_envs"] * table["num_steps"] / (0.45 * BF16_PEAK[gpu]) / 60
+        work = [2 * forward + found["flops"][name] for name in ("ppo", "pair")]
+        rows.append([gpu, *(f"{samples * flop:.0f} min" for flop in work)])
+    return "\n\n".join(map(markdown, [*tables, rows]))
 
 
 # ----------------------------------------------------------------------------------------- measured
@@ -322,9 +299,8 @@ def peak_rate(device):
                 return rate, f"{name}'s data sheet, bfloat16"
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / measure(lambda: a @ b, device, 5)[
-        0
-    ], f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
+    seconds, _ = measure(lambda: a @ b, device, 5)
+    return 2 * size**3 / seconds, f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
 
 
 def measure(call, device, repeats):
@@ -359,6 +335,7 @@ def bench(args):
     training = ppo_pair.preset(
         backbone, batch_size=batch_size, num_envs=batch_size, update_epochs=1, target_kl=0.0
     )
+    training.learning_rate = training.value_learning_rate = 0.0  # so that nothing is learnt
     own = min(training.device_batch_size, batch_size)
     training.device_batch_size = args.device_batch_size or own
     recompute = args.gradient_checkpointing
@@ -387,10 +364,7 @@ def bench(args):
         advantages=torch.randn(batch_size, device=device),
         returns=torch.randn(batch_size, device=device),
     )
-    head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [dict(params=actor, lr=0.0), dict(params=head, lr=0.0)]  # so that nothing is learnt
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = ppo_pair.make_optimizer(training, policy)
     for name, coefs in (("ppo", (0.0, 0.0)), ("pair", (1.0, 0.2))):
         training.inv_coef, training.sen_coef = coefs
 
@@ -407,14 +381,12 @@ def bench(args):
         f"{where}; torch {torch.__version__}\n"
     )
     memory = "GiB, peak" if gpu else "GiB, peak, without weights"
-    print(f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |")
-    print("|---|---|---|---|---|---|")
+    table = [["", "samples", "seconds", memory, "floor, seconds", "floor / seconds"]]
     for name, count, flop, seconds, peak in rows:
         floor = count * flop / rate
-        print(
-            f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} "
-            f"| {floor / seconds:.0%} |"
-        )
+        figures = [f"{figure:.3g}" for figure in (seconds, peak / GIB, floor)]
+        table.append([name, str(count), *figures, f"{floor / seconds:.0%}"])
+    print(markdown(table))
     each = ", ".join(f"{name} {flop:.3g}" for name, flop in work.items())
     print(
         f"\nThe floor: {each} FLOP per sample, nothing recomputed, at {rate:.3g} FLOP/s ({source})."
@@ -424,9 +396,8 @@ def bench(args):
 # ---------------------------------------------------------------------------------------- full size
 def write_shards(directory, count=3):
     """The official format: config.json, an index, and the tensors in bfloat16. Random numbers."""
-    config = copy.deepcopy(OPENVLA_7B)
     with torch.device("meta"):
-        policy = policies.TokenPolicy(config)
+        policy = policies.TokenPolicy(OPENVLA_7B)
     shapes = {k: t.shape for k, t in policy.state_dict().items() if not k.startswith("value_head.")}
     noise = (torch.randn(2**24) * 0.02).bfloat16()  # every tensor is filled with it
     weight_map, keys = {}, list(shapes)
@@ -443,7 +414,7 @@ def write_shards(directory, count=3):
         weight_map |= dict.fromkeys(part, name)
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(OPENVLA_7B))
     return sum(shape.numel() for shape in shapes.values()) * 2
 
 
