@@ -35,7 +35,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,9 +44,10 @@ import tyro
 from tqdm import tqdm
 
 import runtime
+from backbones.files import read_object
 from envs import SPLITS, choose_sim, make_envs, parse_split
 from policies import PolicyArgs, load_policy
-from runtime import Fault, episode_ids, read_json, write_text
+from runtime import Fault, episode_ids, write_text
 
 METRICS = ("success_once", "success_at_end")
 # What must be equal for two records to be comparable.
@@ -335,8 +336,8 @@ def shift_of(split: str) -> str:
 
 def is_ood(split: str) -> bool:
     if shift_of(split) == "camera":  # one turned camera, beyond those of training
-        degrees = re.fullmatch(r"camera[+-](\d+(?:\.\d+)?)", split)
-        return degrees is not None and float(degrees[1]) > TRAINING_CAMERAS
+        cameras = parse_split(split).cameras
+        return len(cameras) == 1 and abs(cameras[0]) > TRAINING_CAMERAS
     return split in SPLITS and split != "train"
 
 
@@ -441,8 +442,7 @@ def student(degrees: int) -> np.ndarray:
     return np.random.default_rng(1).standard_t(degrees, 10_000)
 
 
-@dataclass
-class Estimate:
+class Estimate(NamedTuple):
     """A rate or a difference as fractions, with its 95 % interval."""
 
     value: float
@@ -541,8 +541,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def percent(estimate: Estimate, sign: str = "") -> str:
     """12.3 [4.5, 20.1]; with sign "+": +12.3 [-4.5, +20.1]."""
-    numbers = (estimate.value, estimate.low, estimate.high)
-    return "{} [{}, {}]".format(*(f"{100 * number + 0.0:{sign}.1f}" for number in numbers))
+    return "{} [{}, {}]".format(*(f"{100 * number + 0.0:{sign}.1f}" for number in estimate))
 
 
 def ood_table(records: Sequence[dict]) -> str:
@@ -617,10 +616,7 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         directory = runtime.newest_checkpoint(directory)
     args_json = directory / "args.json"
     if args_json.exists():
-        content = read_json(args_json)
-        if not isinstance(content, dict):
-            raise Fault(f"{args_json} is damaged (no JSON object): use another checkpoint")
-        saved |= content
+        saved |= read_object(args_json)
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
