@@ -468,9 +468,9 @@ def main(args: Args):
     if stopped:
         state.say_how_to_go_on()
     elif args.eval_episodes:
-        table = evaluate.Args(checkpoint=str(saved), num_episodes=args.eval_episodes)
-        table.num_envs, table.temperature = min(len(own), args.eval_episodes), args.temperature_eval
-        table.sim, table.cuda = args.sim, args.cuda
+        table = evaluate.Args(checkpoint=str(saved), policy=args.policy, sim=args.sim)
+        table.num_episodes, table.num_envs = args.eval_episodes, args.num_envs // runtime.WORLD
+        table.temperature, table.cuda = args.temperature_eval, args.cuda
         evaluate.main(table)
     runtime.leave_ranks()
 
