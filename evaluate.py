@@ -704,26 +704,21 @@ def main(args: Args):
             "checkpoint": checkpoint,
         }
         old = records_to_keep(out, protocol, args.splits)
-        try:
-            for split in args.splits:
-                for seed in args.seeds:
-                    ids = episode_ids("eval", seed, 0, args.num_episodes)
-                    videos = args.video if seed == args.seeds[0] else 0
-                    how = (args.temperature, seed, args.ablate, out / "videos", videos, bar)
-                    parts = [None] * world
-                    parts[rank] = play_episodes(policy, envs, split, ids, *how)
-                    runtime.collective(dist.all_gather_object, parts, parts[rank])
-                    played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
-                    records += [record | protocol for record in played]
-                    played_splits = {record["split"] for record in records}
-                    kept = [record for record in old if record["split"] not in played_splits]
-                    # Written now, so that an interrupted evaluation keeps what it has.
-                    if rank == 0:
-                        table = write_results(out, kept + records)
-        except KeyboardInterrupt:
-            raise Fault(
-                f"interrupted: {len(records)} finished episodes were saved in {out}"
-            ) from None
+        for split in args.splits:
+            for seed in args.seeds:
+                ids = episode_ids("eval", seed, 0, args.num_episodes)
+                videos = args.video if seed == args.seeds[0] else 0
+                how = (args.temperature, seed, args.ablate, out / "videos", videos, bar)
+                parts = [None] * world
+                parts[rank] = play_episodes(policy, envs, split, ids, *how)
+                runtime.collective(dist.all_gather_object, parts, parts[rank])
+                played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
+                records += [record | protocol for record in played]
+                played_splits = {record["split"] for record in records}
+                kept = [record for record in old if record["split"] not in played_splits]
+                # Written now, so that an interrupted evaluation keeps what it has.
+                if rank == 0:
+                    table = write_results(out, kept + records)
     if rank == 0:
         print(f"{table}\nEpisodes: {out / 'episodes.jsonl'}")
         if args.ablate != "none":

@@ -563,7 +563,7 @@ def test_interrupt_keeps_the_finished_splits(toy_world, monkeypatch):
 
     envs = type("Interrupted", (Toy,), {"reset": reset})(4)
     monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)
-    with pytest.raises(ev.Fault, match="^interrupted: 4 finished episodes"):
+    with pytest.raises(KeyboardInterrupt):
         ev.main(ev.Args(str(checkpoint), splits=("train", "pose"), num_episodes=4))
     assert len(ev.read_records(checkpoint / "eval")) == 4
 
@@ -580,12 +580,10 @@ def test_an_interrupt_leaves_no_mixture_of_protocols(toy_world, monkeypatch):
 
     envs = type("Interrupted", (Toy,), {"reset": reset})(4)
     monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)
-    with pytest.raises(
-        ev.Fault, match="^interrupted"
-    ):  # the same protocol: the old episodes of pose stay
+    with pytest.raises(KeyboardInterrupt):  # the same protocol: the old episodes of pose stay
         ev.main(ev.Args(**common))
     assert [r["split"] for r in ev.read_records(checkpoint)] == ["pose"] * 4 + ["train"] * 4
-    with pytest.raises(ev.Fault, match="^interrupted"):
+    with pytest.raises(KeyboardInterrupt):
         ev.main(ev.Args(**common, temperature=1.0))
     assert [r["split"] for r in ev.read_records(checkpoint)] == ["train"] * 4
 
