@@ -195,28 +195,29 @@ def flops(policy):
     return dict(forward=forward, ppo=ppo, pair=ppo + 2 * forward)
 
 
-def per_sample(count_1, count_2, bytes_1, bytes_2):
-    """-> (fixed, per sample). Counts of samples so large that what grows with them makes the peak,
-    and not the gradients."""
-    each = (bytes_2 - bytes_1) / (count_2 - count_1)
-    return bytes_1 - each * count_1, each
+COUNTS = 32, 64  # so many that what grows with the samples makes the peak, and not the gradients
 
 
-def memory_of_act(policy, counts=(32, 64)):
+def per_sample(fewer, more):
+    """Bytes for COUNTS samples -> (fixed, per sample)."""
+    return 2 * fewer - more, (more - fewer) / COUNTS[0]
+
+
+def memory_of_act(policy):
     """Bytes at the peak: (fixed, per sample). Weights are not in it."""
     peaks = []
-    for count in counts:
+    for count in COUNTS:
         act, _ = calls(policy, count)
         with PeakMemory() as memory, fused_attention():
             act()
         peaks.append(memory.peak)
-    return per_sample(*counts, *peaks)
+    return per_sample(*peaks)
 
 
-def memory_of_update(policy, counts=(32, 64)):
+def memory_of_update(policy):
     """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair."""
     peaks = dict(ppo=[], pair=[])
-    for count in counts:
+    for count in COUNTS:
         _, evaluate = calls(policy, count)
         for name, peak in peaks.items():
             with PeakMemory() as memory, fused_attention():
@@ -229,65 +230,46 @@ def memory_of_update(policy, counts=(32, 64)):
                 loss.sum().backward()
             policy.zero_grad()
             peak.append(memory.peak)
-    return {name: per_sample(*counts, *found) for name, found in peaks.items()}
+    return {name: per_sample(*found) for name, found in peaks.items()}
 
 
 # ------------------------------------------------------------------------------------------ derived
-def derive(backbone="openvla", lora_rank=32):
-    """Per-sample FLOPs, and bytes: (fixed, per sample) of each call, and what lies in memory all
-    the time."""
+def derived(backbone, lora_rank):
+    """Markdown: what lies in memory all the time, what each sample costs, how many samples fit at
+    once, by GPU, and how long an iteration takes at 45 % of a data sheet's rate."""
     policy = random_policy(backbone, "meta", torch.bfloat16, lora_rank)
-    table = vars(ppo_pair.preset(backbone))
+    args, work = ppo_pair.preset(backbone), flops(policy)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    found = dict(flops=flops(policy), act=memory_of_act(policy))
-    for recompute in (True, False):
-        policy.gradient_checkpointing = recompute
-        found |= {(name, recompute): memory for name, memory in memory_of_update(policy).items()}
+    samples = args.num_envs * args.num_steps
     pixels = policy.image_size**2 * 7  # rgb, rgb_alt, mask
-    return found | dict(
-        weights=sum(p.numel() * p.element_size() for p in policy.parameters()),
-        trained=trained,
-        optimizer=trained * 8,  # AdamW: two float32 numbers each
-        rollout=table["num_envs"] * table["num_steps"] // policy.chunk * pixels,
-    )
-
-
-def derived_table(found, table):
-    """Markdown: how many samples fit at once, by GPU, and how long an iteration takes at 45 % of a
-    data sheet's rate."""
-    forward = found["flops"]["forward"]
     always = {
-        "weights, bfloat16, with adapters": "weights",
-        "AdamW": "optimizer",
-        "observations of a rollout": "rollout",
+        "weights, bfloat16, with adapters": sum(p.nbytes for p in policy.parameters()),
+        "AdamW": trained * 8,  # two float32 numbers each
+        "observations of a rollout": samples // policy.chunk * pixels,
     }
-    rows = [[text, f"{found[name] / GIB:.1f}"] for text, name in always.items()]
-    tables = [[["in memory all the time", "GiB"], *rows]]
-    calls = {  # memory, FLOP, how often the forward pass is recomputed
-        "rollout step (KV cache in it)": ("act", "forward", 0),
-        "PPO, recomputing": (("ppo", True), "ppo", 1),
-        "PPO": (("ppo", False), "ppo", 0),
-        "PAIR, recomputing": (("pair", True), "pair", 1),
-        "PAIR": (("pair", False), "pair", 0),
-    }
-    rows = [["for each sample at once", "GiB", "TFLOP"]]
-    for text, (memory, work, again) in calls.items():
-        tera = (found["flops"][work] + again * forward) / 1e12
-        rows.append([text, f"{found[memory][1] / GIB:.2f}", f"{tera:.1f}"])
-    tables.append(rows)
-    rows = [["samples that fit", *calls]]
+    calls = {"rollout step (KV cache in it)": (memory_of_act(policy), work["forward"])}
+    memories = {}
+    for policy.gradient_checkpointing in (True, False):
+        memories[policy.gradient_checkpointing] = memory_of_update(policy)
+    for name in ("ppo", "pair"):
+        for recompute, memory in memories.items():
+            flop = work[name] + recompute * work["forward"]
+            calls[name.upper() + recompute * ", recomputing"] = memory[name], flop
+    each, fit = [["for each sample at once", "GiB", "TFLOP"]], [["samples that fit", *calls]]
+    for text, ((_, nbytes), flop) in calls.items():
+        each.append([text, f"{nbytes / GIB:.2f}", f"{flop / 1e12:.1f}"])
     for gpu, total in GPU_GIB.items():
-        room = total * GIB - sum(found[name] for name in always.values())
-        memories = [found[memory] for memory, *_ in calls.values()]
-        counts = [max(0, int((room - fixed) // each)) for fixed, each in memories]
-        rows.append([gpu, *(str(count or "-") for count in counts)])
-    tables.append(rows)
-    rows = [["one iteration at 45 % of the rate, recomputing", "PPO", "PAIR"]]
-    for gpu in ("A100", "H100"):  # of an iteration are the rollout, and recomputing
-        samples = table["num_envs"] * table["num_steps"] / (0.45 * BF16_PEAK[gpu]) / 60
-        work = [2 * forward + found["flops"][name] for name in ("ppo", "pair")]
-        rows.append([gpu, *(f"{samples * flop:.0f} min" for flop in work)])
-    return "\n\n".join(map(markdown, [*tables, rows]))
+        room = total * GIB - sum(always.values())
+        counts = [int((room - fixed) // nbytes) for (fixed, nbytes), _ in calls.values()]
+        fit.append([gpu, *(str(count) if count > 0 else "-" for count in counts)])
+    iteration = [["one iteration at 45 % of the rate, recomputing", "PPO", "PAIR"]]
+    for gpu in ("A100", "H100"):
+        # The rollout, and recomputing
+        flop = [samples * (2 * work["forward"] + work[name]) for name in ("ppo", "pair")]
+        iteration.append([gpu, *(f"{x / (0.45 * BF16_PEAK[gpu]) / 60:.0f} min" for x in flop)])
+    lasting = [[text, f"{nbytes / GIB:.1f}"] for text, nbytes in always.items()]
+    tables = [["in memory all the time", "GiB"], *lasting], each, fit, iteration
+    return "\n\n".join(map(markdown, tables))
 
 
 # ----------------------------------------------------------------------------------------- measured
@@ -472,7 +454,7 @@ def main(args: Args):
     if args.full_cpu:
         full_cpu(args.lora_rank)
     elif args.derive:
-        print(derived_table(derive("openvla", args.lora_rank), vars(ppo_pair.preset("openvla"))))
+        print(derived("openvla", args.lora_rank))
     else:
         bench(args)
 
