@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +42,10 @@ import tyro
 from tqdm import tqdm
 
 import runtime
+from backbones.files import read_object
 from envs import SPLITS, choose_sim, make_envs, parse_split
 from policies import PolicyArgs, load_policy
-from runtime import Fault, episode_ids, read_json, write_text
+from runtime import Fault, episode_ids, write_text
 
 METRICS = ("success_once", "success_at_end")
 # What must be equal for two records to be comparable.
@@ -89,6 +90,9 @@ class Args:
     """two or more arms, each RUN or NAME=RUN,RUN,...: how the others differ from the first"""
     plan: float | None = None
     """POINTS: prints how many seeds and episodes it takes to see a difference of that size"""
+
+
+RANGES = {"at least 1": "num_episodes num_envs", "0 or more": "temperature video"}
 
 
 # ----------------------------------------------------------------------------- playing episodes
@@ -326,8 +330,8 @@ def shift_of(split: str) -> str:
 
 def is_ood(split: str) -> bool:
     if shift_of(split) == "camera":  # one turned camera, beyond those of training
-        degrees = re.fullmatch(r"camera[+-](\d+(?:\.\d+)?)", split)
-        return degrees is not None and float(degrees[1]) > TRAINING_CAMERAS
+        cameras = parse_split(split).cameras
+        return len(cameras) == 1 and abs(cameras[0]) > TRAINING_CAMERAS
     return split in SPLITS and split != "train"
 
 
@@ -432,8 +436,7 @@ def student(degrees: int) -> np.ndarray:
     return np.random.default_rng(1).standard_t(degrees, 10_000)
 
 
-@dataclass
-class Estimate:
+class Estimate(NamedTuple):
     """A rate or a difference as fractions, with its 95 % interval."""
 
     value: float
@@ -532,8 +535,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def percent(estimate: Estimate, sign: str = "") -> str:
     """12.3 [4.5, 20.1]; with sign "+": +12.3 [-4.5, +20.1]."""
-    numbers = (estimate.value, estimate.low, estimate.high)
-    return "{} [{}, {}]".format(*(f"{100 * number + 0.0:{sign}.1f}" for number in numbers))
+    return "{} [{}, {}]".format(*(f"{100 * number + 0.0:{sign}.1f}" for number in estimate))
 
 
 def ood_table(records: Sequence[dict]) -> str:
@@ -586,15 +588,9 @@ def check_args(args: Args):
     for name, values in (("split", args.splits), ("seed", args.seeds)):
         if not values or len(set(values)) < len(values):
             raise Fault(f"--{name}s needs at least one {name} and none twice")
-    for flag, number in (("num-envs", args.num_envs), ("num-episodes", args.num_episodes)):
-        if number < 1:
-            raise Fault(f"--{flag} must be at least 1")
+    runtime.check_ranges(args, RANGES)
     if args.ablate.startswith("other-") and min(args.num_envs, args.num_episodes) < 2:
         raise Fault(f"--ablate {args.ablate} needs at least 2 --num-envs and 2 --num-episodes")
-    if not 0 <= args.temperature < math.inf:
-        raise Fault("--temperature must be 0 (argmax) or a positive number")
-    if args.video < 0:
-        raise Fault("--video must be 0 or the number of videos per split")
     for seed in args.seeds:
         episode_ids("eval", seed, 0, args.num_episodes)  # are there so many?
 
@@ -614,10 +610,7 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         directory = runtime.newest_checkpoint(directory)
     args_json = directory / "args.json"
     if args_json.exists():
-        content = read_json(args_json)
-        if not isinstance(content, dict):
-            raise Fault(f"{args_json} is damaged (no JSON object): use another checkpoint")
-        saved |= content
+        saved |= read_object(args_json)
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
@@ -705,26 +698,21 @@ def main(args: Args):
             "checkpoint": checkpoint,
         }
         old = records_to_keep(out, protocol, args.splits)
-        try:
-            for split in args.splits:
-                for seed in args.seeds:
-                    ids = episode_ids("eval", seed, 0, args.num_episodes)
-                    videos = args.video if seed == args.seeds[0] else 0
-                    how = (args.temperature, seed, args.ablate, out / "videos", videos, bar)
-                    parts = [None] * world
-                    parts[rank] = play_episodes(policy, envs, split, ids, *how)
-                    runtime.collective(dist.all_gather_object, parts, parts[rank])
-                    played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
-                    records += [record | protocol for record in played]
-                    played_splits = {record["split"] for record in records}
-                    kept = [record for record in old if record["split"] not in played_splits]
-                    # Written now, so that an interrupted evaluation keeps what it has.
-                    if rank == 0:
-                        table = write_results(out, kept + records)
-        except KeyboardInterrupt:
-            raise Fault(
-                f"interrupted: {len(records)} finished episodes were saved in {out}"
-            ) from None
+        for split in args.splits:
+            for seed in args.seeds:
+                ids = episode_ids("eval", seed, 0, args.num_episodes)
+                videos = args.video if seed == args.seeds[0] else 0
+                how = (args.temperature, seed, args.ablate, out / "videos", videos, bar)
+                parts = [None] * world
+                parts[rank] = play_episodes(policy, envs, split, ids, *how)
+                runtime.collective(dist.all_gather_object, parts, parts[rank])
+                played = sorted(sum(parts, []), key=lambda record: record["episode_id"])
+                records += [record | protocol for record in played]
+                played_splits = {record["split"] for record in records}
+                kept = [record for record in old if record["split"] not in played_splits]
+                # Written now, so that an interrupted evaluation keeps what it has.
+                if rank == 0:
+                    table = write_results(out, kept + records)
     if rank == 0:
         print(f"{table}\nEpisodes: {out / 'episodes.jsonl'}")
         if args.ablate != "none":

@@ -32,7 +32,7 @@ from backbones.openvla import KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
 from backbones.statistics import columns, read_norm_stats
 from backbones.tokenizers import read_tokenizer
-from runtime import Fault, check_ranges, command_line
+from runtime import Fault, check_ranges, command_line, flag_of
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone
 
@@ -475,7 +475,6 @@ class_of = {
     "pi05-tiny": FlowPolicy,
     "pi05-flat": FlowPolicy,
 }
-BACKBONES = tuple(class_of)
 DEFAULT_CHECKPOINT = {  # "name@revision" pins it
     "openvla": "gen-robot/openvla-7b-rlvla-warmup",
     "pi0": "RLinf/RLinf-Pi0-ManiSkill-25Main-SFT",
@@ -555,15 +554,14 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
     training: refuse what can act but not be trained.
     """
     if backbone not in class_of:
-        raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}")
+        raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(class_of)}")
     policy_class = class_of[backbone]
     small = backbone in policy_class.small_configs
     foreign = FlowPolicy.settings.keys() - policy_class.settings.keys()
     known = vars(PolicyArgs()).keys() - foreign
     for name, value in flags.items():
         if name not in known and value is not None:
-            flag = name.replace("_", "-")
-            raise Fault(f"--{flag} is no setting of the backbone {backbone}; leave it out")
+            raise Fault(f"{flag_of(name)} is no setting of the backbone {backbone}; leave it out")
     args = PolicyArgs(**flags)
     check_ranges(args, RANGES)
     targets = target_names(args.lora_targets)
@@ -592,8 +590,8 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
 
     if commit and policy_class.config_needs_weights:
         download(name, commit, WEIGHTS)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    settings = {key: given[key] for key in given.keys() & policy_class.settings.keys()}
+    settings = {key: getattr(args, key) for key in policy_class.settings}
+    settings = {key: value for key, value in settings.items() if value is not None}
     config = policy_class.read_config(backbone, directory, adapter, settings)
     stats, key, file = read_norm_stats(config, directory, adapter, args.unnorm_key)
     config["norm_stats"] = stats

@@ -226,8 +226,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
     latents (dict of (B, ...)), logprobs, values, advantages, returns (B,). Advantages are
     normalised over all ranks, and stats are theirs, too. episode_ids: an iterator over fresh ids.
     """
-    obs, instructions, latents, logprobs, values = [], [], [], [], []
-    rewards, dones, successes = [], [], []
+    obs, instructions, decisions, rewards, dones, successes = [], [], [], [], [], []
     view_seconds = envs.view_seconds
     for _ in range(args.num_steps // envs.max_episode_steps):
         ids = [next(episode_ids) for _ in range(envs.num_envs)]
@@ -242,9 +241,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
             decision = policies.act(policy, next_obs, envs.instructions, args.device_batch_size)
             obs.append(next_obs)
             instructions += envs.instructions
-            latents.append(decision.latent)
-            logprobs.append(decision.logprob)
-            values.append(decision.value)
+            decisions.append(decision)
             next_obs, reward, done, info = envs.step(decision.actions)
             rewards.append(reward.to(device))
             dones.append(done.to(device))
@@ -253,25 +250,27 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
         return None, None
     # OPEN: nothing follows the last step (RL4VLA). RLinf adds the critic's guess of what would have
     # come, which pays for states from which success is merely possible.
-    rewards, dones, values = torch.stack(rewards), torch.stack(dones), torch.stack(values)  # (T, N)
+    rewards, dones = torch.stack(rewards), torch.stack(dones)  # (T, N)
+    decision = policies.join_decisions(decisions)
+    values = decision.value.view_as(rewards)
     next_values = torch.cat([values, values[:1]])  # (T + 1, N): the last row is never used
     advantages, returns = gae(rewards, next_values, dones, args.gamma, args.gae_lambda)
-    mean, std, decisions = runtime.moments(advantages)  # returns - values: the critic's errors
+    mean, std, count = runtime.moments(advantages)  # returns - values: the critic's errors
     _, returns_std, _ = runtime.moments(returns)
     mean_reward, _, _ = runtime.moments(rewards)
     success, _, episodes = runtime.moments(torch.stack(successes)[dones])
     batch = dict(
         obs={k: torch.cat([o[k] for o in obs]) for k in obs[0]},
         instructions=instructions,
-        latents={k: torch.cat([x[k] for x in latents]) for k in latents[0]},
-        logprobs=torch.cat(logprobs),
-        values=values.flatten(),
+        latents=decision.latent,
+        logprobs=decision.logprob,
+        values=decision.value,
         advantages=((advantages - mean) / (std + 1e-5)).flatten(),
         returns=returns.flatten(),
     )
     stats = dict(
         success=success,
-        reward=mean_reward * decisions / episodes,  # per episode
+        reward=mean_reward * count / episodes,  # per episode
         explained_variance=1 - (std / returns_std) ** 2 if returns_std > 1e-6 else float("nan"),
         view_seconds=envs.view_seconds - view_seconds,
     )
@@ -367,12 +366,21 @@ def update(
             break
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        means.took_step(grad_norm)
+        means.grad_norms.append(grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return means.result()
 
 
 # ------------------------------------------------------------------------------------------ main
+def make_optimizer(args, policy):
+    """AdamW of two groups, as `update` wants them: the policy's parameters, the value head's."""
+    head = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
+    groups = [dict(params=actor, lr=args.learning_rate)]
+    groups += [dict(params=head, lr=args.value_learning_rate)]
+    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+
+
 def main(args: Args):
     # ---------------------------------------------------------------- set up
     runtime.check_ranges(args, RANGES, policies.RANGES)
@@ -394,11 +402,7 @@ def main(args: Args):
     options = vars(args.policy) | dict(device=device, training=True)
     policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
-    head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [dict(params=actor, lr=args.learning_rate)]
-    groups += [dict(params=head, lr=args.value_learning_rate)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+    optimizer = make_optimizer(args, policy)
     target = policies.SlowCopy(policy, args.inv_target_rate)
     order = torch.Generator()  # of the samples in an update: the same on all ranks
     state = runtime.RunState(args, policy, optimizer, target, resumed)
@@ -464,9 +468,9 @@ def main(args: Args):
     if stopped:
         state.say_how_to_go_on()
     elif args.eval_episodes:
-        table = evaluate.Args(checkpoint=str(saved), num_episodes=args.eval_episodes)
-        table.num_envs, table.temperature = min(len(own), args.eval_episodes), args.temperature_eval
-        table.sim, table.cuda = args.sim, args.cuda
+        table = evaluate.Args(checkpoint=str(saved), policy=args.policy, sim=args.sim)
+        table.num_episodes, table.num_envs = args.eval_episodes, args.num_envs // runtime.WORLD
+        table.temperature, table.cuda = args.temperature_eval, args.cuda
         evaluate.main(table)
     runtime.leave_ranks()
 

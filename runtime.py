@@ -555,9 +555,6 @@ class Means:
         self.totals, self.finite, self.now = self.totals + self.now, self.now.sum(), 0.0
         return stop.item() > 0
 
-    def took_step(self, grad_norm):
-        self.grad_norms.append(grad_norm)
-
     def result(self) -> dict:
         """ratio_dev is that of the first step, before which nothing was learnt."""
         means = dict(zip(self.names, (self.totals[0] / self.totals[1]).tolist()))

@@ -69,7 +69,7 @@ class Args:
 
 
 FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)
+            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
 DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": dict(question=ASK),
             "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 

@@ -129,40 +129,37 @@ def chance(*key) -> np.ndarray:
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-def sample_episodes(episode_ids, splits) -> dict[str, np.ndarray]:
-    """N episodes, each a pure function of its id and its envs.Split. Each factor has random numbers
+def sample_episodes(episode_ids, split) -> dict[str, np.ndarray]:
+    """N episodes of an envs.Split, each a pure function of its id. Each factor has random numbers
     of its own: an id has the same target, plate, table draw and light draw in every split.
 
-    -> objects (N, 1 + K) indices, the target first, -1 where there is none; at (N, 2 + K, 2) row
-    and column of the plate and the objects; table, light (N,).
+    -> objects (N, 1 + K) indices, the target first; at (N, 2 + K, 2) row and column of the plate
+    and the objects; table, light (N,).
     """
     ids = np.asarray(episode_ids, np.int64)[:, None]
-    count = np.array([s.distractors for s in splits])
     target = (chance(ids, 0) * PACK.train_objects).astype(int)  # (N, 1)
     known = np.arange(PACK.train_objects)
     others = (chance(ids, 1, known) + (known == target)).argsort(1)  # the target is the last
     strange = len(known) + chance(ids, 2, np.arange(len(PACK.names) - len(known))).argsort(1)
-    k = np.arange(max(count, default=0))  # which distractor
-    held_out = count // 2 * np.array([s.held_out_objects for s in splits])
-    num_known = (count - held_out)[:, None]
-    strange = np.take_along_axis(strange, np.maximum(k - num_known, 0), 1)
-    kinds = np.where(k < num_known, others[:, : len(k)], strange)
-    kinds = np.where(k < count[:, None], kinds, -1)
+    held_out = split.distractors // 2 * split.held_out_objects
+    objects = [target, others[:, : split.distractors - held_out], strange[:, :held_out]]
 
     # Each thing takes the point farthest from the others, up to GAP: of the square, else any
-    ring = np.array([s.held_out_poses for s in splits])[:, None]
     at, nearest = [], np.minimum(abs(WIDE - START).max(1), GAP) + np.zeros((len(ids), 1))
-    for thing in range(2 + len(k)):  # plate, target, distractors
-        wanted = (SQUARE ^ ring if thing == 1 else SQUARE) * (100.0 if thing < 3 else 0.5)
+    for thing in range(2 + split.distractors):  # plate, target, distractors
+        square = ~SQUARE if thing == 1 and split.held_out_poses else SQUARE
+        wanted = square * (100.0 if thing < 3 else 0.5)
         wanted = nearest + wanted + chance(ids, 3 + thing, np.arange(len(WIDE))) / 2  # (N, 676)
         point = WIDE[wanted.argmax(1)]
         at.append(point)
         nearest = np.minimum(nearest, abs(WIDE - point[:, None]).max(2))
-    table = chance(ids, 21)[:, 0] * 16
-    table = np.where([s.held_out_tables for s in splits], 16 + chance(ids, 20)[:, 0] * 5, table)
-    light = np.where([s.held_out_lights for s in splits], 1 + chance(ids, 22)[:, 0] * 20, 0)
+    table = chance(ids, 21)[:, 0] * PACK.train_tables
+    if split.held_out_tables:
+        num_held_out = PACK.num_tables - PACK.train_tables
+        table = PACK.train_tables + chance(ids, 20)[:, 0] * num_held_out
+    light = split.held_out_lights * (1 + chance(ids, 22)[:, 0] * (len(PACK.lights) - 1))
     return dict(
-        objects=np.concatenate([target, kinds], 1),
+        objects=np.concatenate(objects, 1),
         at=np.stack(at, 1),
         table=table.astype(int),
         light=light.astype(int),
@@ -193,13 +190,12 @@ class FlatEnvs:
 
     def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
         """See VecEnv.reset. rebuild means nothing here."""
-        splits = [split] * self.num_envs if isinstance(split, str) else list(split)
-        assert len(episode_ids) == len(splits) == self.num_envs
-        known = {name: self.parse_split(name) for name in set(splits)}
-        if any(s.cameras != (0.0,) for s in known.values()):
+        assert len(episode_ids) == self.num_envs
+        split = self.parse_split(split)
+        if split.cameras != (0.0,):
             leave = "leave --pre-view camera and its splits out"
             raise Fault(f"--assets flat has no camera that turns: {leave}")
-        episode = sample_episodes(episode_ids, [known[name] for name in splits])
+        episode = sample_episodes(episode_ids, split)
         self.episode, self.ids = episode, np.asarray(episode_ids, np.int64)
         self.alter_seed, self.elapsed = alter_seed, 0
         self.target = episode["objects"][:, 0]
@@ -213,8 +209,7 @@ class FlatEnvs:
         self.still = TABLES[self.table]  # what does not move in an episode is drawn once
         stamp(self.still, self.plate, PLATE, WHITE)
         for kind, where in zip(episode["objects"].T[1:], episode["at"].swapaxes(0, 1)[2:]):
-            shown = SPRITES[kind] & (kind >= 0)[:, None, None]
-            stamp(self.still, where, shown, pixels(PAINT[kind], False))
+            stamp(self.still, where, SPRITES[kind], pixels(PAINT[kind], False))
         return self.look()
 
     def step(self, actions: torch.Tensor):
@@ -277,14 +272,13 @@ class FlatEnvs:
     def labels(self) -> dict[str, np.ndarray]:
         """What sft.py teaches to see: classes (N, SIZE / 2, SIZE / 2) uint8 of each second pixel (0
         table, 1 + index of an object, 26 plate, 27 hand); where (N, 2, 3) plate and hand; objects
-        (N, 1 + K) indices, the target first, -1 where there is none; object_xyz (N, 1 + K, 3)."""
+        (N, 1 + K) indices, the target first; object_xyz (N, 1 + K, 3)."""
         kinds, at = self.episode["objects"], self.episode["at"].astype(np.float32)[:, 1:]
         at[:, 0] = self.at
         canvas = np.zeros_like(self.still)
         stamp(canvas, self.plate, PLATE, np.uint32(26))
         for i in [*range(1, kinds.shape[1]), 0]:
-            shown = SPRITES[kinds[:, i]] & (kinds[:, i] >= 0)[:, None, None]
-            stamp(canvas, at[:, i], shown, (1 + kinds[:, i]).astype(np.uint32))
+            stamp(canvas, at[:, i], SPRITES[kinds[:, i]], (1 + kinds[:, i]).astype(np.uint32))
         stamp(canvas, self.hand, HAND, np.uint32(27))
         places = np.concatenate([self.plate[:, None], self.hand[:, None], at], 1)
         places = np.pad(places, ((0, 0), (0, 0), (0, 1)))  # everything lies at height 0

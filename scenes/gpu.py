@@ -25,7 +25,7 @@ import torch
 from mani_skill.utils.structs import Pose
 
 from runtime import LOCAL_RANK
-from scenes.task import TABLE_Z, PutOnPlate, moved, resized
+from scenes.task import TABLE_Z, PutOnPlate, moved, resized, resized_mask
 from scenes.workers import VecEnv
 
 BELOW = torch.tensor([0, 0, -50.0, 1, 0, 0, 0])  # where nobody sees it
@@ -161,10 +161,7 @@ class PutOnPlates(PutOnPlate):
     def foreground(self, ids: torch.Tensor) -> torch.Tensor:
         """The mask M of Eq. (5): (N, H, W) bool."""
         mask = self.keep.gather(1, ids.long().flatten(1)).view(ids.shape)
-        if self.resize:
-            mask = 255 * mask[..., None].byte()
-            mask = resized(mask, self.frame_shape, self.resize)[..., 0] > 127
-        return mask
+        return resized_mask(mask, self.frame_shape, self.resize) if self.resize else mask
 
     def target_moved(self, moves):
         now = self.of_target(lambda actor: actor.pose.raw_pose).cpu().numpy()

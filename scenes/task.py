@@ -111,6 +111,11 @@ def resized(pictures: torch.Tensor, shape, resize: str) -> torch.Tensor:
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 
 
+def resized_mask(masks: torch.Tensor, shape, resize: str) -> torch.Tensor:
+    """(N, H, W) bool -> the pixels that are mostly foreground."""
+    return resized(255 * masks[..., None].byte(), shape, resize)[..., 0] > 127
+
+
 def length(vectors):
     """(..., 3) -> (...), of numpy or torch."""
     return (vectors**2).sum(-1) ** 0.5
@@ -419,9 +424,9 @@ class PutOnPlate(BaseEnv):
         keep[[link.per_scene_id for link in self.links]] = True
         keep[[self.target_entity.per_scene_id, self.plate_entity.per_scene_id]] = True
         mask = keep[ids]
-        if self.resize:  # a pixel that is mostly foreground
-            mask = torch.from_numpy(np.uint8(255 * mask))[None, ..., None]
-            mask = resized(mask, self.frame_shape, self.resize)[0, ..., 0].numpy() > 127
+        if self.resize:
+            masks = torch.from_numpy(mask)[None]
+            mask = resized_mask(masks, self.frame_shape, self.resize)[0].numpy()
         return mask
 
     # What views.py asks for. Arguments have one entry per scene, of which there is one here.

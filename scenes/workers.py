@@ -175,10 +175,9 @@ class VecEnv:
         """How long each worker has drawn changed views so far, on average."""
         return sum(self.map(view_seconds, *[()] * self.num_workers)) / self.num_workers
 
-    def _sample(self, episode_ids, split: str | list[str]) -> list:
-        splits = [split] * self.num_envs if isinstance(split, str) else list(split)
-        assert len(episode_ids) == len(splits) == self.num_envs
-        episodes = [self.sample(int(i), name) for i, name in zip(episode_ids, splits)]
+    def _sample(self, episode_ids, split: str) -> list:
+        assert len(episode_ids) == self.num_envs
+        episodes = [self.sample(int(i), split) for i in episode_ids]
         self.instructions = [f"put {self.pack.names[e.target]} on plate" for e in episodes]
         return episodes
 
@@ -189,7 +188,7 @@ class VecEnv:
         """Start one episode per environment.
 
         Args:
-            episode_ids: N ints. split: one name for all, or N names.
+            episode_ids: N ints. split: its name.
             rebuild: make the scenes anew (0.2 s each), so that the episode does not depend on what
                 was simulated before, to the last bit. Without it states differ by about 1e-8.
                 Evaluation uses it, training does not.

@@ -639,8 +639,8 @@ def pictures_taken(environments):
 
 def test_workers_and_chunks_change_nothing(alone, shared):
     """One process step by step, two processes step by step, chunks of 8 that overrun the end: the same to the bit."""
-    ids, splits = [0, 1, 2], ["train", "clutter-2", "pose"]
-    obs = alone.reset(ids, splits, rebuild=True)
+    ids, split = [0, 1, 2], "clutter-2"
+    obs = alone.reset(ids, split, rebuild=True)
     assert (
         obs["rgb"].shape == (3, 96, 96, 3)
         and obs["rgb"].dtype == torch.uint8
@@ -648,7 +648,7 @@ def test_workers_and_chunks_change_nothing(alone, shared):
     )
     assert obs["mask"].shape == (3, 96, 96) and obs["mask"].dtype == torch.bool
     assert obs["state"].shape == (3, 8) and obs["state"].dtype == torch.float32
-    names = [builtin.OBJECTS[sample_episode(i, s, PACK).target][0] for i, s in zip(ids, splits)]
+    names = [builtin.OBJECTS[sample_episode(i, split, PACK).target][0] for i in ids]
     assert alone.instructions == [f"put {name} on plate" for name in names]
     assert len({frame.numpy().tobytes() for frame in obs["rgb"]}) == 3
     actions, single = [], []
@@ -663,14 +663,14 @@ def test_workers_and_chunks_change_nothing(alone, shared):
             torch.equal(a[3][k], b[3][k]) for k in a[3]
         )
 
-    assert all(torch.equal(shared.reset(ids, splits, rebuild=True)[k], obs[k]) for k in obs)
+    assert all(torch.equal(shared.reset(ids, split, rebuild=True)[k], obs[k]) for k in obs)
     assert shared.instructions == alone.instructions
     for step in range(20):
         got = shared.step(actions[step][:, None])
         assert same(got, single[step]) and torch.equal(got[1], single[step][1]), step
 
     shared.map(count_pictures, (), ())
-    shared.reset(ids, splits, rebuild=True)
+    shared.reset(ids, split, rebuild=True)
     for first, last in ((0, 8), (8, 16), (16, 20)):
         chunk = torch.stack(actions[first:last], 1)
         if (
@@ -717,7 +717,7 @@ def test_a_core_is_claimed_once(monkeypatch):
 
 def test_unknown_split_is_refused_before_the_workers_hear_of_it(alone):
     with pytest.raises(Fault, match="unknown split"):
-        alone.reset([0, 1, 2], ["train", "train", "nowhere"])
+        alone.reset([0, 1, 2], "nowhere")
     alone.reset([0, 1, 2])  # still alive
 
 

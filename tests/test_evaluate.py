@@ -563,7 +563,7 @@ def test_interrupt_keeps_the_finished_splits(toy_world, monkeypatch):
 
     envs = type("Interrupted", (Toy,), {"reset": reset})(4)
     monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)
-    with pytest.raises(ev.Fault, match="^interrupted: 4 finished episodes"):
+    with pytest.raises(KeyboardInterrupt):
         ev.main(ev.Args(str(checkpoint), splits=("train", "pose"), num_episodes=4))
     assert len(ev.read_records(checkpoint / "eval")) == 4
 
@@ -580,12 +580,10 @@ def test_an_interrupt_leaves_no_mixture_of_protocols(toy_world, monkeypatch):
 
     envs = type("Interrupted", (Toy,), {"reset": reset})(4)
     monkeypatch.setattr(ev, "make_envs", lambda *_, **__: envs)
-    with pytest.raises(
-        ev.Fault, match="^interrupted"
-    ):  # the same protocol: the old episodes of pose stay
+    with pytest.raises(KeyboardInterrupt):  # the same protocol: the old episodes of pose stay
         ev.main(ev.Args(**common))
     assert [r["split"] for r in ev.read_records(checkpoint)] == ["pose"] * 4 + ["train"] * 4
-    with pytest.raises(ev.Fault, match="^interrupted"):
+    with pytest.raises(KeyboardInterrupt):
         ev.main(ev.Args(**common, temperature=1.0))
     assert [r["split"] for r in ev.read_records(checkpoint)] == ["train"] * 4
 
@@ -601,12 +599,12 @@ def test_an_interrupt_leaves_no_mixture_of_protocols(toy_world, monkeypatch):
         ({"seeds": (1, 1)}, "--seeds needs at least one seed and none twice"),
         ({"seeds": (-1,)}, "the seed -1 is out of range"),
         ({"seeds": (2**31,)}, "the seed 2147483648 is out of range"),
-        ({"num_episodes": 0}, "--num-episodes must be at least 1"),
+        ({"num_episodes": 0}, "--num-episodes is 0: it must be at least 1"),
         ({"num_episodes": 1_000_001}, "1000001 episodes for 'eval' are too many"),
-        ({"num_envs": 0}, "--num-envs must be at least 1"),
-        ({"temperature": -0.5}, "--temperature must be 0"),
-        ({"temperature": float("nan")}, "--temperature must be 0"),
-        ({"video": -1}, "--video must be 0"),
+        ({"num_envs": 0}, "--num-envs is 0: it must be at least 1"),
+        ({"temperature": -0.5}, "--temperature is -0.5: it must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature is nan: it must be 0 or more"),
+        ({"video": -1}, "--video is -1: it must be 0 or more"),
         ({"backbone": "pi05"}, "is a checkpoint of toy, not of pi05"),
         (
             {"ablate": "other-frame", "num_envs": 1},
@@ -638,7 +636,7 @@ def test_args_json_that_names_no_backbone(toy_world, content):
     if content is not None:
         (checkpoint / "args.json").write_text(content, encoding="latin1")
     args = ev.Args(str(checkpoint), splits=("train",), num_episodes=2)
-    with pytest.raises(ev.Fault, match="pass --backbone|is damaged|cannot be read"):
+    with pytest.raises(ev.Fault, match="pass --backbone|not a JSON object|cannot be read"):
         ev.main(args)
     if content in (None, "{}"):  # not written by this repository: the flag helps
         args.backbone = "toy"

@@ -759,10 +759,10 @@ def test_bench_policy_prints_a_table(capsys):
     lines = [
         line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
     ]
-    assert [line[1].strip() for line in lines[1:]] == [
+    assert [line[1].strip() for line in lines[2:]] == [
         "rollout step", "PPO minibatch", "PAIR minibatch",
     ]  # fmt: skip
-    assert all(float(cell) > 0 for line in lines[1:] for cell in line[3:6])
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line[3:6])
 
 
 def test_derived_memory():

@@ -190,13 +190,13 @@ def settings_table(args: Args):
 
 def iteration_seconds(args: Args, backbone: str):
     """Seconds of rollout and update of PPO, then of PAIR, taken in turn: (4,) medians."""
-    pair = ppo_pair.preset(backbone, target_kl=0.0)  # no update ends early
-    ppo = ppo_pair.preset(backbone, target_kl=0.0, inv_coef=0.0, sen_coef=0.0)
+    # No update ends early, and next to nothing is learnt
+    how = dict(target_kl=0.0, learning_rate=1e-6, value_learning_rate=1e-6)
+    pair = ppo_pair.preset(backbone, **how)
+    ppo = ppo_pair.preset(backbone, **how, inv_coef=0.0, sen_coef=0.0)
     policy = policies.load_policy(backbone, policies.default_checkpoint(backbone))
     policy.detach_value = pair.detach_value
-    head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if all(p is not q for q in head)]
-    optimizer = torch.optim.AdamW([dict(params=actor), dict(params=head)], lr=1e-6)
+    optimizer = ppo_pair.make_optimizer(pair, policy)
     make = partial(envs.make_envs, pair.num_envs, pair.assets)
     with make() as plain, make(alter=views.task_altering) as altered:
         tables, seconds = plain.backgrounds(), []

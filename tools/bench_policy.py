@@ -12,7 +12,6 @@ waste is not in them. --full-cpu: random weights in the official format are writ
 load_policy, and act, evaluate and go back, in bfloat16 with LoRA.
 """
 
-import copy
 import json
 import math
 import statistics
@@ -37,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import policies
 import ppo_pair
 from backbones.openvla import OPENVLA_TINY, TIMM
+from evaluate import markdown
 
 OPENVLA_7B = {  # what distinguishes the official checkpoint's config.json
     "model_type": "openvla",
@@ -84,7 +84,7 @@ class Args:
 def random_policy(backbone, device, dtype, lora_rank):
     """The backbone with N(0, 0.02) weights, made where they will live; on "meta" with none."""
     with torch.device("meta"):
-        policy = policies.TokenPolicy(copy.deepcopy(CONFIGS[backbone]))
+        policy = policies.TokenPolicy(CONFIGS[backbone])
     for key, p in policy.named_parameters():
         p.data = p.data.to(torch.float32 if policy.keeps_float32(key) else dtype)
     policy.to_empty(device=device)
@@ -108,12 +108,9 @@ def twenty_ids(text):
 
 def random_obs(policy, count, device):
     size = (count, policy.image_size, policy.image_size)
-    rgb, rgb_alt = (
-        torch.randint(256, (*size, 3), dtype=torch.uint8, device=device) for _ in range(2)
-    )
-    return dict(rgb=rgb, rgb_alt=rgb_alt, mask=torch.rand(size, device=device) < 0.2), [
-        INSTRUCTION
-    ] * count
+    pictures = torch.randint(256, (2, *size, 3), dtype=torch.uint8, device=device)
+    obs = dict(zip(("rgb", "rgb_alt"), pictures), mask=torch.rand(size, device=device) < 0.2)
+    return obs, [INSTRUCTION] * count
 
 
 # ----------------------------------------------------------------------------------------- counting
@@ -198,28 +195,29 @@ def flops(policy):
     return dict(forward=forward, ppo=ppo, pair=ppo + 2 * forward)
 
 
-def per_sample(count_1, count_2, bytes_1, bytes_2):
-    """-> (fixed, per sample). Counts of samples so large that what grows with them makes the peak,
-    and not the gradients."""
-    each = (bytes_2 - bytes_1) / (count_2 - count_1)
-    return bytes_1 - each * count_1, each
+COUNTS = 32, 64  # so many that what grows with the samples makes the peak, and not the gradients
 
 
-def memory_of_act(policy, counts=(32, 64)):
+def per_sample(fewer, more):
+    """Bytes for COUNTS samples -> (fixed, per sample)."""
+    return 2 * fewer - more, (more - fewer) / COUNTS[0]
+
+
+def memory_of_act(policy):
     """Bytes at the peak: (fixed, per sample). Weights are not in it."""
     peaks = []
-    for count in counts:
+    for count in COUNTS:
         act, _ = calls(policy, count)
         with PeakMemory() as memory, fused_attention():
             act()
         peaks.append(memory.peak)
-    return per_sample(*counts, *peaks)
+    return per_sample(*peaks)
 
 
-def memory_of_update(policy, counts=(32, 64)):
+def memory_of_update(policy):
     """Bytes at the peak, gradients in it: dict of (fixed, per sample), ppo and pair."""
     peaks = dict(ppo=[], pair=[])
-    for count in counts:
+    for count in COUNTS:
         _, evaluate = calls(policy, count)
         for name, peak in peaks.items():
             with PeakMemory() as memory, fused_attention():
@@ -232,85 +230,46 @@ def memory_of_update(policy, counts=(32, 64)):
                 loss.sum().backward()
             policy.zero_grad()
             peak.append(memory.peak)
-    return {name: per_sample(*counts, *found) for name, found in peaks.items()}
+    return {name: per_sample(*found) for name, found in peaks.items()}
 
 
 # ------------------------------------------------------------------------------------------ derived
-def derive(backbone="openvla", lora_rank=32):
-    """Per-sample FLOPs, and bytes: (fixed, per sample) of each call, and what lies in memory all
-    the time."""
+def derived(backbone, lora_rank):
+    """Markdown: what lies in memory all the time, what each sample costs, how many samples fit at
+    once, by GPU, and how long an iteration takes at 45 % of a data sheet's rate."""
     policy = random_policy(backbone, "meta", torch.bfloat16, lora_rank)
-    table = vars(ppo_pair.preset(backbone))
+    args, work = ppo_pair.preset(backbone), flops(policy)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    found = dict(flops=flops(policy), act=memory_of_act(policy))
-    for recompute in (True, False):
-        policy.gradient_checkpointing = recompute
-        found |= {(name, recompute): memory for name, memory in memory_of_update(policy).items()}
+    samples = args.num_envs * args.num_steps
     pixels = policy.image_size**2 * 7  # rgb, rgb_alt, mask
-    return found | dict(
-        weights=sum(p.numel() * p.element_size() for p in policy.parameters()),
-        trained=trained,
-        optimizer=trained * 8,  # AdamW: two float32 numbers each
-        rollout=table["num_envs"] * table["num_steps"] // policy.chunk * pixels,
-    )
-
-
-def derived_table(found, table):
-    """Markdown: how many samples fit at once, by GPU, and how long an iteration takes at 45 % of a
-    data sheet's rate."""
-    resident = found["weights"] + found["optimizer"] + found["rollout"]
-    samples = table["num_envs"] * table["num_steps"]
-
-    def fit(memory, name):
-        fixed, each = found[name]
-        count = int((memory * GIB - resident - fixed) // each)
-        return f"{count}" if count > 0 else "-"
-
-    parts = [
-        ("weights", "weights, bfloat16, with adapters"),
-        ("optimizer", "AdamW"),
-        ("rollout", "observations of a rollout"),
-    ]
-    lines = ["| in memory all the time | GiB |", "|---|---|"]
-    lines += [f"| {text} | {found[name] / GIB:.1f} |" for name, text in parts]
-    lines += ["", "| for each sample at once | GiB | TFLOP |", "|---|---|---|"]
-    names = {"act": "rollout step (KV cache in it)", "ppo": "PPO", "pair": "PAIR"}
-    for key, recompute in (
-        ("act", False),
-        ("ppo", True),
-        ("ppo", False),
-        ("pair", True),
-        ("pair", False),
-    ):
-        each = found[key if key == "act" else (key, recompute)][1]
-        work = found["flops"]["forward" if key == "act" else key]
-        work += recompute * found["flops"]["forward"]
-        text = names[key] + (", gradient checkpointing" if recompute else "")
-        lines.append(f"| {text} | {each / GIB:.2f} | {work / 1e12:.1f} |")
-    columns = {
-        "rollout": "act",
-        "PPO": ("ppo", True),
-        "PPO, nothing recomputed": ("ppo", False),
-        "PAIR": ("pair", True),
-        "PAIR, nothing recomputed": ("pair", False),
+    always = {
+        "weights, bfloat16, with adapters": sum(p.nbytes for p in policy.parameters()),
+        "AdamW": trained * 8,  # two float32 numbers each
+        "observations of a rollout": samples // policy.chunk * pixels,
     }
-    lines += ["", f"| samples that fit | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    lines += [
-        f"| {gpu} | {' | '.join(fit(memory, name) for name in columns.values())} |"
-        for gpu, memory in GPU_GIB.items()
-    ]
-    lines += ["", "| one iteration at 45 % of the rate | PPO | PAIR |", "|---|---|---|"]
+    calls = {"rollout step (KV cache in it)": (memory_of_act(policy), work["forward"])}
+    memories = {}
+    for policy.gradient_checkpointing in (True, False):
+        memories[policy.gradient_checkpointing] = memory_of_update(policy)
+    for name in ("ppo", "pair"):
+        for recompute, memory in memories.items():
+            flop = work[name] + recompute * work["forward"]
+            calls[name.upper() + recompute * ", recomputing"] = memory[name], flop
+    each, fit = [["for each sample at once", "GiB", "TFLOP"]], [["samples that fit", *calls]]
+    for text, ((_, nbytes), flop) in calls.items():
+        each.append([text, f"{nbytes / GIB:.2f}", f"{flop / 1e12:.1f}"])
+    for gpu, total in GPU_GIB.items():
+        room = total * GIB - sum(always.values())
+        counts = [int((room - fixed) // nbytes) for (fixed, nbytes), _ in calls.values()]
+        fit.append([gpu, *(str(count) if count > 0 else "-" for count in counts)])
+    iteration = [["one iteration at 45 % of the rate, recomputing", "PPO", "PAIR"]]
     for gpu in ("A100", "H100"):
-        forward, ppo, pair = (found["flops"][name] for name in ("forward", "ppo", "pair"))
-        work = dict(ppo=2 * forward + ppo, pair=2 * forward + pair)  # the rollout, and recomputing
-        minutes = {
-            name: samples * flop / (0.45 * BF16_PEAK[gpu]) / 60 for name, flop in work.items()
-        }
-        lines.append(
-            f"| {gpu}, gradient checkpointing | {minutes['ppo']:.0f} min "
-            f"| {minutes['pair']:.0f} min |"
-        )
-    return "\n".join(lines)
+        # The rollout, and recomputing
+        flop = [samples * (2 * work["forward"] + work[name]) for name in ("ppo", "pair")]
+        iteration.append([gpu, *(f"{x / (0.45 * BF16_PEAK[gpu]) / 60:.0f} min" for x in flop)])
+    lasting = [[text, f"{nbytes / GIB:.1f}"] for text, nbytes in always.items()]
+    tables = [["in memory all the time", "GiB"], *lasting], each, fit, iteration
+    return "\n\n".join(map(markdown, tables))
 
 
 # ----------------------------------------------------------------------------------------- measured
@@ -322,9 +281,8 @@ def peak_rate(device):
                 return rate, f"{name}'s data sheet, bfloat16"
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / measure(lambda: a @ b, device, 5)[
-        0
-    ], f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
+    seconds, _ = measure(lambda: a @ b, device, 5)
+    return 2 * size**3 / seconds, f"a product of {size} x {size} matrices, {str(dtype)[6:]}"
 
 
 def measure(call, device, repeats):
@@ -359,6 +317,7 @@ def bench(args):
     training = ppo_pair.preset(
         backbone, batch_size=batch_size, num_envs=batch_size, update_epochs=1, target_kl=0.0
     )
+    training.learning_rate = training.value_learning_rate = 0.0  # so that nothing is learnt
     own = min(training.device_batch_size, batch_size)
     training.device_batch_size = args.device_batch_size or own
     recompute = args.gradient_checkpointing
@@ -387,10 +346,7 @@ def bench(args):
         advantages=torch.randn(batch_size, device=device),
         returns=torch.randn(batch_size, device=device),
     )
-    head = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
-    groups = [dict(params=actor, lr=0.0), dict(params=head, lr=0.0)]  # so that nothing is learnt
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = ppo_pair.make_optimizer(training, policy)
     for name, coefs in (("ppo", (0.0, 0.0)), ("pair", (1.0, 0.2))):
         training.inv_coef, training.sen_coef = coefs
 
@@ -407,14 +363,12 @@ def bench(args):
         f"{where}; torch {torch.__version__}\n"
     )
     memory = "GiB, peak" if gpu else "GiB, peak, without weights"
-    print(f"| | samples | seconds | {memory} | floor, seconds | floor / seconds |")
-    print("|---|---|---|---|---|---|")
+    table = [["", "samples", "seconds", memory, "floor, seconds", "floor / seconds"]]
     for name, count, flop, seconds, peak in rows:
         floor = count * flop / rate
-        print(
-            f"| {name} | {count} | {seconds:.3g} | {peak / GIB:.3g} | {floor:.3g} "
-            f"| {floor / seconds:.0%} |"
-        )
+        figures = [f"{figure:.3g}" for figure in (seconds, peak / GIB, floor)]
+        table.append([name, str(count), *figures, f"{floor / seconds:.0%}"])
+    print(markdown(table))
     each = ", ".join(f"{name} {flop:.3g}" for name, flop in work.items())
     print(
         f"\nThe floor: {each} FLOP per sample, nothing recomputed, at {rate:.3g} FLOP/s ({source})."
@@ -424,9 +378,8 @@ def bench(args):
 # ---------------------------------------------------------------------------------------- full size
 def write_shards(directory, count=3):
     """The official format: config.json, an index, and the tensors in bfloat16. Random numbers."""
-    config = copy.deepcopy(OPENVLA_7B)
     with torch.device("meta"):
-        policy = policies.TokenPolicy(config)
+        policy = policies.TokenPolicy(OPENVLA_7B)
     shapes = {k: t.shape for k, t in policy.state_dict().items() if not k.startswith("value_head.")}
     noise = (torch.randn(2**24) * 0.02).bfloat16()  # every tensor is filled with it
     weight_map, keys = {}, list(shapes)
@@ -443,7 +396,7 @@ def write_shards(directory, count=3):
         weight_map |= dict.fromkeys(part, name)
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(OPENVLA_7B))
     return sum(shape.numel() for shape in shapes.values()) * 2
 
 
@@ -501,7 +454,7 @@ def main(args: Args):
     if args.full_cpu:
         full_cpu(args.lora_rank)
     elif args.derive:
-        print(derived_table(derive("openvla", args.lora_rank), vars(ppo_pair.preset("openvla"))))
+        print(derived("openvla", args.lora_rank))
     else:
         bench(args)
 

@@ -28,7 +28,7 @@ import tyro
 from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
 from ppo_pair import preset
 from runtime import Fault, command_line, newest_checkpoint, read_json, write_text
-from tools.figures import COLOURS, draw, numbered_splits, panels, percent_axis, save
+from tools.figures import COLOURS, band, draw, numbered_splits, panels, percent_axis, save
 from tools.tables import columns_of
 
 ARMS = {
@@ -178,12 +178,10 @@ def figure_of(records: list[dict], out: str):
     for i, arm in enumerate(arms):
         runs = [r["curves"]["success"] for r in records if r["arm"] == arm and not r["ended"]]
         if runs:
-            curves, colour = 100 * np.array(runs), COLOURS[i]
+            curves = 100 * np.array(runs)
             iterations = range(1, curves.shape[1] + 1)
-            own.plot(iterations, curves.mean(0), color=colour, label=arm)
-            own.fill_between(
-                iterations, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0
-            )
+            own.plot(iterations, curves.mean(0), color=COLOURS[i], label=arm)
+            band(own, iterations, curves, COLOURS[i])
         at = np.arange(len(columns)) + (i - (len(arms) - 1) / 2) * 0.2
         draw(shifts, at, rates(arm, columns), i, arm, line="none")
         draw(distractors, list(levels), rates(arm, levels), i, arm)

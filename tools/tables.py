@@ -118,7 +118,7 @@ def csv_text(outcomes: Outcomes, family: str) -> str:
             n = sum(int(mask.sum()) for _, mask in row)
             for arm, x in outcomes.success[metric].items():
                 estimates = [rate(x, row)] + ([] if arm == first else [difference(a, x, row)])
-                numbers = [100 * value for e in estimates for value in (e.value, e.low, e.high)]
+                numbers = [100 * value for e in estimates for value in e]
                 cells = [f"{number + 0.0:.2f}" for number in numbers] + [""] * (6 - len(numbers))
                 paper = paper_value(family, arm, name) if metric == "success_once" else None
                 writer.writerow([metric, name, arm, len(x), n, *cells, paper])
