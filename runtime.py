@@ -135,11 +135,14 @@ def parse(cls, preset, may_change, replaced: dict[str, str], command=None):
         args.resume = args.run_dir = saved.resume
         asked = flatten(args)
         for name, value in flatten(saved).items():
+            if asked[name] == "auto":  # the run has chosen
+                asked[name] = value
             if asked[name] != value and name not in may_change:
                 raise Fault(
                     f"{flag_of(name)} {asked[name]}: the run in {run_dir} has {value}; leave the "
                     "flag out, or start another run"
                 )
+        args = unflatten(cls, asked)
     return args
 
 

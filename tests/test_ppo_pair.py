@@ -524,12 +524,11 @@ def fires(success, unrelated, warmup=3):
 
 
 def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
-    """Among the health lines the one recorded collapse (success 61 to 22 %) fires. Of the runs of a
-    study those fire that a guard has ended, in their last iteration."""
-    fired = {file.name: fires(*recorded(file)) for file in RESULTS.glob("*/*.txt")}
-    iteration, sentence = fired.pop("small_batches_4_0.2.txt")
+    """A recorded collapse (success 61 to 22 %) fires. Of the runs of a study those fire that a guard
+    has ended, in their last iteration."""
+    iteration, sentence = fires(*recorded(Path(__file__).with_name("collapse.txt")))
     assert 10 < iteration < 24 and "success fell" in sentence
-    assert not any(fired.values()), fired
+    assert not any(fires(*recorded(file)) for file in RESULTS.glob("*/*.txt"))
     ends = []
     for file in RESULTS.glob("*/*-[ft]*.jsonl"):
         warmup = ppo_pair.preset(file.stem).critic_warmup
@@ -538,7 +537,7 @@ def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
             iteration, _ = fires(success, unrelated, warmup) or (None, "")
             assert iteration == (len(success) if run["ended"] else None), (file, run["arm"])
             ends.append(run["ended"])
-    assert len(ends) >= 80 and 4 <= sum(ends) < 8
+    assert len(ends) >= 80 and 3 <= sum(ends) < 8
     assert "going blind" in fires([0.5] * 20, [1.0] * 5 + [0.3] * 15)[1]
     assert fires([0.5] * 20, [1.0] * 5 + [0.6] * 15) is None
     assert (

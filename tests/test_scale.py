@@ -498,6 +498,8 @@ def test_resume_refuses_what_would_change_the_run(whole, monkeypatch):
         ["--resume", str(whole), "--iterations", "20", "--device-batch-size", "3"]
     )
     assert (args.iterations, args.device_batch_size, args.num_envs, args.seed) == (20, 3, 6, 1)
+    auto = ["--sim", "auto", "--run-dir", str(whole), "--resume", "auto"]
+    assert ppo_pair.parse(auto).sim == "cpu"  # the run has chosen
     for flag, value in (
         ("seed", "2"),
         ("num-envs", "8"),
