@@ -176,9 +176,7 @@ def collect_flat(
             obs, _, done, _ = vec.step(torch.from_numpy(moved).float())
         for i, episode_id in enumerate(part):
             e = {name: np.stack([frame[name][i] for frame in frames]) for name in frames[0]}
-            objects = e.pop("objects")[0]
-            e |= dict(objects=objects[objects >= 0], success=True)  # the labels are right anyway
-            e["object_xyz"] = e["object_xyz"][:, : len(e["objects"])]
+            e |= dict(objects=e["objects"][0], success=True)  # the labels are right anyway
             episodes.append(dict(e, id=episode_id))
     return episodes
 
