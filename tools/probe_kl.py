@@ -23,6 +23,7 @@ import torch
 import tyro
 from tyro.conf import Positional
 
+import evaluate
 import policies
 import views
 from envs import find_pack, make_envs
@@ -35,25 +36,27 @@ class Args:
     """checkpoint directories; the first one plays"""
     episodes: int = 64
     """episodes of the split train"""
-    backbone: str = "openvla-tiny"
-    """of all checkpoints"""
-    assets: str = "builtin"
-    """asset pack"""
+    backbone: str = ""
+    """of all checkpoints; default: the first one's, from its args.json"""
+    assets: str = ""
+    """asset pack; default: the first one's"""
     records: str = ""
     """where to write the KLs of every frame, as JSON lines: what `tools/figures.py kl` draws"""
 
 
 @torch.no_grad()
 def main(args: Args):
-    first = policies.load_policy(args.backbone, args.checkpoints[0])
-    pack = find_pack(args.assets)
+    named = evaluate.Args(checkpoint=args.checkpoints[0], backbone=args.backbone)
+    _, saved = evaluate.find_checkpoint(named)
+    backbone, assets = saved["backbone"], args.assets or saved["assets"]
+    first, pack = policies.load_policy(backbone, args.checkpoints[0]), find_pack(assets)
     drawn = dict(image_size=first.image_size, resize=first.resize, alter=views.task_altering)
     rounds = []  # of episodes, as many as one process can hold scenes
     ids = episode_ids("eval", 0, 0, args.episodes)
     torch.manual_seed(0)
     for start in range(0, args.episodes, 256):
         part, frames = ids[start : start + 256], []
-        with make_envs(len(part), args.assets, **drawn) as vec:
+        with make_envs(len(part), assets, **drawn) as vec:
             obs, done = vec.reset(part, "train"), torch.tensor([False])
             tables = vec.backgrounds(range(pack.train_tables, pack.num_tables))
             while not done.all():
@@ -77,7 +80,7 @@ def main(args: Args):
 
     lines = []
     for directory in args.checkpoints:
-        policy, kls = policies.load_policy(args.backbone, directory), []
+        policy, kls = policies.load_policy(backbone, directory), []
         for frames in rounds:
             of_round = []
             for obs, instructions, rgb_pre, latent in frames:
