@@ -26,7 +26,15 @@ from safetensors.torch import save_file
 from torch import nn
 from tyro.conf import Positional
 
-from backbones.files import WEIGHTS, download, find_model, load_weights, open_tensors, save_config
+from backbones.files import (
+    WEIGHTS,
+    download,
+    find_model,
+    load_weights,
+    open_tensors,
+    save_config,
+    save_tokenizer,
+)
 from backbones.lora import load_adapter
 from backbones.openvla import KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
@@ -654,6 +662,7 @@ def merge(
     )
     save_file(policy.value_head.state_dict(), out / "value_head.safetensors", {"format": "pt"})
     save_config(policy, out)
+    save_tokenizer(policy, out)
     if policy.config["norm_stats"]:
         options["unnorm_key"] = policy.unnorm_key
     del policy, state, module  # two 7B models need not fit at once

@@ -199,7 +199,8 @@ def save_policy(policy, directory, dtype=None):
     """Write a checkpoint that load_policy reads, its weights as dtype (None: as they are).
 
     With LoRA: a PEFT directory (adapter_config.json, adapter_model.safetensors). Without:
-    config.json and model.safetensors. Both: value_head.safetensors and norm_stats.json.
+    config.json and model.safetensors. Both: value_head.safetensors, norm_stats.json and, where the
+    policy has one, tokenizer.json.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -223,9 +224,13 @@ def save_policy(policy, directory, dtype=None):
     if policy.config["norm_stats"]:
         stats = {policy.unnorm_key: policy.config["norm_stats"][policy.unnorm_key]}
         (directory / "norm_stats.json").write_text(json.dumps(stats, indent=2))
+    save_tokenizer(policy, directory)
 
 
 def save_config(policy, directory):
     (directory / "config.json").write_text(json.dumps(policy.config, indent=2))
+
+
+def save_tokenizer(policy, directory):
     if policy.tokenizer_file:
         shutil.copy(policy.tokenizer_file, directory / "tokenizer.json")

@@ -529,7 +529,8 @@ def test_tokenize_layout(tiny):
         tiny.tokenize(["put zebra on plate"])
 
 
-def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
+def write_tokenizer(file):
+    """A tokenizer.json with two words, as transformers writes Llama's."""
     vocab = {"<unk>": 0, "<s>": 1, "In:": 2, "Out:": 3}
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
@@ -557,8 +558,12 @@ def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": post,
     }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | rest))
-    tokenizer = LlamaTokenizer(tmp_path / "tokenizer.json")
+    file.write_text(json.dumps(spec | rest))
+    return file
+
+
+def test_llama_tokenizer_must_end_the_prompt_in_its_token(tmp_path):
+    tokenizer = LlamaTokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
     assert tokenizer("In: Out:") == [1, 2, 3]
     with pytest.raises(Fault, match="not Llama-2's"):
         tokenizer("In: Out: ")
@@ -1125,7 +1130,8 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
         policy.tokenize([SHORT])
     with pytest.raises(Fault, match="out of reach"):
         load_policy("openvla", "some/body@v2")
-    load_policy("openvla", "some/body", lora_rank=4).save(tmp_path / "adapter")
+    file = write_tokenizer(tmp_path / "two_words.json")
+    load_policy("openvla", "some/body", tokenizer=file, lora_rank=4).save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (
         "some/body",
@@ -1134,6 +1140,7 @@ def test_hub_cache_offline(cached, tiny, tmp_path):
     (cached.parents[1] / "refs/main").write_text("moved")
     again = load_policy("openvla", tmp_path / "adapter")
     assert (again.name, again.commit) == ("some/body", cached.name)
+    assert again.tokenize([SHORT])[0].shape[0] == 1  # its tokenizer came with the adapter
 
 
 def test_mistakes_show_before_the_weights_are_fetched(monkeypatch, cached):
