@@ -114,6 +114,11 @@ class Policy(Protocol):
     def word_embeddings(self) -> torch.Tensor:
         """(vocabulary, H)."""
 
+    def watch_pointing(self, hook) -> list:
+        """Call hook(log-probs (B, heads, 2, n)) in each forward pass of sft_loss: which of the n
+        patches is looked at where the answer's first two tokens are predicted. -> handles of the
+        hooks, to remove them. None where no token has to look for a word: pi's patches see them."""
+
 
 def act(policy: Policy, obs, instructions, size: int) -> Decision:
     """policy.act for at most `size` observations at a time: all of them may not fit into memory."""

@@ -5,9 +5,10 @@ checkpoints, this file does for a small backbone.
     python sft.py --backbone openvla-flat     # the same in Flatland
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and
-"where is X?" (grounding, answered with the very seven numbers that actions are written in). Its
-labels are free in the simulator. Stage 2 is behaviour cloning of a scripted oracle that reads
-privileged state and acts through the same 7-D actions.
+"where is X?" (grounding, answered with the very seven numbers that actions are written in, and
+pointing, the attention that such an answer needs). Its labels are free in the simulator. Stage 2 is
+behaviour cloning of a scripted oracle that reads privileged state and acts through the same 7-D
+actions.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Args:
     that errs; flat: share of a demonstration's moves that go anywhere"""
     grounding: bool = True
     """both stages ask where things are"""
+    pointing: bool = True
+    """the attention of a token policy learns to look at the object that was asked for"""
     question: str = ASK_AS_A_TASK
     """in these words. {instruction} is the object's name"""
     keep_seeing: bool = False
@@ -69,8 +72,9 @@ class Args:
 
 
 FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
-DEFAULTS = {"openvla-tiny": {}, "pi05-tiny": dict(question=ASK),
+            clone_steps=2000, keep_seeing=True, learning_rate=3e-3,
+            pointing=False)  # fmt: skip
+DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=ASK),
             "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 
 
@@ -226,29 +230,38 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     logits = (
         F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]
     )  # (B, n, 25)
-    side = int(patches.shape[1] ** 0.5)
-    cells = classes.shape[1] // side
-    tiles = (
-        classes.view(-1, side, cells, side, cells)
-        .permute(0, 1, 3, 2, 4)
-        .reshape(*patches.shape[:2], cells**2)
-    )
-    present = F.one_hot(tiles.long(), 28).sum(2)[..., 1:26] >= 2
+    labels = tiles(classes, patches.shape[1])
+    present = F.one_hot(labels.long(), 28).sum(2)[..., 1:26] >= 2
     return (
         F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
     )
 
 
 def grounding_answers(batch, pack):
-    """Of a random object X in each frame -> the name of X, and the answers (B, 1, 7) to "where is
-    X?" in [-1, 1], as the pack gives them."""
+    """Of a random object X in each frame -> the index of X (B,), and the answers (B, 1, 7) to
+    "where is X?" in [-1, 1], as the pack gives them."""
     present = (batch["object_ids"] >= 0).float()
     pick = torch.multinomial(present, 1)
     xyz = batch["object_xyz"].gather(1, pick[..., None].expand(-1, -1, 3))  # (B, 1, 3)
     places = torch.cat([xyz, batch["where"]], 1)  # (B, 3, 3): object, plate, hand
     answers = pack.answers(places)[:, None]
-    asked = batch["object_ids"].gather(1, pick)[:, 0].tolist()
-    return [pack.names[i] for i in asked], answers
+    return batch["object_ids"].gather(1, pick)[:, 0], answers
+
+
+def tiles(classes, patches: int) -> torch.Tensor:
+    """Labels (B, H, W) -> (B, patches, labels of a patch)."""
+    side = int(patches**0.5)
+    cells = classes.shape[1] // side
+    tiles = classes.view(-1, side, cells, side, cells).permute(0, 1, 3, 2, 4)
+    return tiles.reshape(-1, patches, cells**2)
+
+
+def pointing_loss(looks, classes, asked) -> torch.Tensor:
+    """Cross-entropy of the patches that are looked at, log-probs (B, heads, 2, n), against those in
+    which the object that was asked for lies."""
+    lies = (tiles(classes, looks.shape[-1]) == 1 + asked[:, None, None]).float().sum(-1)  # (B, n)
+    seen = lies.sum(1, keepdim=True)  # some are out of sight
+    return -(lies / seen.clamp(min=1))[:, None, None].mul(looks).sum(-1).mean()
 
 
 def train(policy, steps: int, args: Args, name: str, losses, heads=()):
@@ -290,6 +303,8 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         part.register_forward_hook(lambda _, __, out: features.append(out))
         for part in policy.vision_parts()
     ]
+    looks = []
+    hooks += policy.watch_pointing(looks.append) if args.pointing else []
     # Of the alignment: log inverse temperature, bias
     scale = nn.Parameter(torch.tensor([1.5, -4.0]))
 
@@ -301,7 +316,13 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return pretraining if torch.rand(()) < 0.6 else demos
 
     def grounding(batch):
-        return policy.sft_loss(batch, *grounding_answers(batch, pack), args.question)
+        looks.clear()
+        asked, answers = grounding_answers(batch, pack)
+        names = [pack.names[i] for i in asked.tolist()]
+        losses = dict(grounding=policy.sft_loss(batch, names, answers, args.question))
+        for look in looks:
+            losses["pointing"] = 0.5 * pointing_loss(look, batch["classes"], asked)
+        return losses
 
     def tasks(batch):
         return [f"put {pack.names[i]} on plate" for i in batch["object_ids"][:, 0].tolist()]
@@ -320,7 +341,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         features.clear()
         batch, losses = sample(either(), args.batch_size), {}
         if args.grounding:
-            losses["grounding"] = grounding(batch)
+            losses |= grounding(batch)
         else:
             policy.look(batch["rgb"])
         return losses | seeing(batch)
@@ -332,7 +353,8 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         if args.keep_seeing:
             losses |= seeing(batch)
         if args.grounding:
-            losses["grounding"] = 0.7 * grounding(sample(either(), args.batch_size // 2))
+            asked = grounding(sample(either(), args.batch_size // 2))
+            losses |= {name: 0.7 * loss for name, loss in asked.items()}
         return losses
 
     batch = sample(pretraining, 1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from backbones.files import check_types, one_line, read_object, save_policy
 from backbones.layers import (
@@ -57,13 +58,13 @@ OPENVLA_TINY = {
     "model_type": "openvla",
     "timm_model_ids": list(TIMM),
     "image_sizes": [96, 96],
-    "n_action_bins": 256,
-    "pad_to_multiple_of": 64,
+    "n_action_bins": 32,
+    "pad_to_multiple_of": 32,
     "pad_token_id": 0,
     "text_config": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
-        "vocab_size": 448,  # 128 words (some spare) + 256 actions + 64 padding, in the 7B's order
+        "vocab_size": 192,  # 128 words (some spare) + 32 actions + 32 padding, in the 7B's order
         "initializer_range": 0.05,
     },
     "norm_stats": {"builtin": STATS},
@@ -76,7 +77,9 @@ OPENVLA_TINY = {
     "_attention_std": 0.07,
     "_word_vocab": WORD_VOCAB,
     "_prompt": WORD_PROMPT,
-    "_cloning": {"sigma": [2.0] * 7, "answer_sigma": 3.0, "jitter": 4.0},  # bins: see sft_loss
+    "_cloning": {  # in bins: see sft_loss. Idle dimensions stay sharp
+        "sigma": [0.5] * 3 + [0.0, 0.0, 0.5, 0.0], "answer_sigma": 0.7, "jitter": 1.0,
+    },
 }  # fmt: skip
 OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in two dimensions
     "image_sizes": [32, 32], "n_action_bins": 32, "pad_to_multiple_of": 32,
@@ -416,3 +419,20 @@ class OpenVLANetwork(nn.Module):
 
     def word_embeddings(self):
         return self.language_model.model.embed_tokens.weight
+
+    def watch_pointing(self, hook):
+        def look(layer, inputs, options):
+            attention, x = layer.self_attn, layer.input_layernorm(inputs[0])
+            q, k = (
+                project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj)
+            )
+            q, k = apply_rotary_pos_emb(q, k, *options["position_embeddings"])
+            heads = q.shape[1] // 2
+            logits = q[:, :heads, -7:-5] @ k[:, :heads].mT * attention.scaling
+            logits = logits.masked_fill(~options["attention_mask"][:, :, -7:-5], -torch.inf)
+            patches = self.vision_backbone["featurizer"].num_patches
+            hook(logits.log_softmax(-1)[..., 1 : patches + 1])
+
+        layer = self.language_model.model.layers[1]
+        return [layer.register_forward_pre_hook(look, with_kwargs=True)]

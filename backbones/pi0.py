@@ -578,3 +578,6 @@ class Pi0Network(nn.Module):
 
     def word_embeddings(self):
         return self.paligemma["lm_head"].weight
+
+    def watch_pointing(self, hook):
+        return []

@@ -198,9 +198,9 @@ def test_grounding_answers_are_the_places_asked_for(frames):
     asked, answers = sft.grounding_answers(frames, builtin.PACK)
     assert answers.shape == (len(asked), 1, 7)
     center, scale = map(torch.tensor, builtin.PACK.workspace)
-    for i, name in enumerate(asked):
+    for i, name in enumerate(asked.tolist()):
         ids = frames["object_ids"][i].tolist()
-        xyz = frames["object_xyz"][i, ids.index(NAMES.index(name))]
+        xyz = frames["object_xyz"][i, ids.index(name)]
         places = torch.cat([xyz[:2], frames["where"][i, 0, :2], frames["where"][i, 1]])
         scales, centers = (torch.cat([x[:2], x[:2], x]) for x in (scale, center))
         torch.testing.assert_close(answers[i, 0] * scales + centers, places)
@@ -213,7 +213,7 @@ def test_token_loss_is_least_for_the_right_tokens(frames):
 
     def answer(right):  # a policy that is sure of the tokens it is given
         fake = copy.copy(policy)
-        logits = torch.full((4, 7, 256), -20.0).scatter(
+        logits = torch.full((4, 7, 32), -20.0).scatter(
             -1, (right - policy.action_begin)[..., None], 20.0
         )
         fake.action_logits = lambda *_: logits
@@ -226,7 +226,48 @@ def test_token_loss_is_least_for_the_right_tokens(frames):
         )
 
     assert answer(tokens) < 0.01
-    assert answer((tokens + 9).clamp(max=policy.action_end - 1)) > 10
+    assert answer((tokens + 2).clamp(max=policy.action_end - 1)) > 10
+
+
+def test_pointing_is_the_attention_that_llama_computes(frames):
+    policy = policies.load_policy("openvla-tiny")
+    batch, names = {k: v[:4] for k, v in frames.items()}, ["red cube", "cube", "blue bar", "plate"]
+    unit, looks, weights = torch.zeros(4, 1, 7), [], []
+    policy.watch_pointing(looks.append)
+    policy.sft_loss(batch, names, unit, "where is the {instruction} <out>")
+    policy.language_model.config._attn_implementation = "eager"
+    attention = policy.language_model.model.layers[1].self_attn
+    attention.register_forward_hook(lambda _, __, out: weights.append(out[1]))
+    original = policy.attention_layout
+
+    def additive(mask):  # eager attention adds its mask
+        visible, positions = original(mask)
+        return torch.zeros(visible.shape).masked_fill(~visible, -1e9), positions
+
+    first = looks[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "attention_layout", additive)
+        policy.sft_loss(batch, names, unit, "where is the {instruction} <out>", jitter=0.0)
+    assert first.shape == (4, 2, 2, 36)
+    # The first position reads no action token: the jitter does not touch it
+    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1:37])
+
+
+def test_pointing_loss_is_least_on_the_object_that_was_asked_for(frames):
+    torch.manual_seed(0)
+    asked, _ = sft.grounding_answers(frames, builtin.PACK)
+    patches = sft.tiles(frames["classes"], 36)
+    share = torch.tensor(
+        [[(patch == 1 + x).float().mean() for patch in row] for row, x in zip(patches, asked)]
+    )
+    right = share / share.sum(1, keepdim=True).clamp(min=1e-9)
+    uniform = torch.full((len(asked), 2, 2, 36), 1 / 36).log()
+    there = right.clamp(min=1e-9).log()[:, None, None].expand(-1, 2, 2, -1)
+    entropy = -(right * right.clamp(min=1e-9).log()).sum(1).mean()
+    torch.testing.assert_close(sft.pointing_loss(there, frames["classes"], asked), entropy)
+    seen = (right.sum(1) > 0).float().mean()
+    expected = seen * np.log(36)
+    torch.testing.assert_close(sft.pointing_loss(uniform, frames["classes"], asked), expected)
 
 
 def test_a_few_steps_learn_the_frames_by_heart(frames, policy):
