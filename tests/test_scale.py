@@ -33,7 +33,7 @@ from backbones import files
 
 ROOT = Path(__file__).parents[1]
 FLAGS = """--backbone openvla-tiny --num-envs 6 --num-steps 4 --batch-size 12 --device-batch-size 12 --update-epochs 2 --critic-warmup 1
---eval-episodes 0 --learning-rate 1e-3 --target-kl 0 --save-every 1 --keep 2""".split()
+--eval-episodes 0 --learning-rate 2e-4 --save-every 1 --keep 2""".split()
 TOYS = ["openvla-tiny", "pi05-tiny"]
 
 

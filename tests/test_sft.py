@@ -233,8 +233,9 @@ def test_pointing_is_the_attention_that_llama_computes(frames):
     policy = policies.load_policy("openvla-tiny")
     batch, names = {k: v[:4] for k, v in frames.items()}, ["red cube", "cube", "blue bar", "plate"]
     unit, looks, weights = torch.zeros(4, 1, 7), [], []
-    policy.watch_pointing(looks.append)
+    handles = policy.watch_pointing(looks.append)
     policy.sft_loss(batch, names, unit, "where is the {instruction} <out>")
+    handles[0].remove()
     policy.language_model.config._attn_implementation = "eager"
     attention = policy.language_model.model.layers[1].self_attn
     attention.register_forward_hook(lambda _, __, out: weights.append(out[1]))
@@ -244,10 +245,10 @@ def test_pointing_is_the_attention_that_llama_computes(frames):
         visible, positions = original(mask)
         return torch.zeros(visible.shape).masked_fill(~visible, -1e9), positions
 
-    first = looks[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "attention_layout", additive)
         policy.sft_loss(batch, names, unit, "where is the {instruction} <out>", jitter=0.0)
+    (first,) = looks
     assert first.shape == (4, 2, 2, 36)
     # The first position reads no action token: the jitter does not touch it
     torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1:37])
