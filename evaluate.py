@@ -70,7 +70,8 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     """each seed evaluates its own fixed range of episodes with its own sampling noise"""
     temperature: float = 0.6
-    """sampling temperature of the action tokens; 0 is argmax"""
+    """sampling temperature of action tokens, 0 is argmax; pi0, pi05: 0 denoises zeros, any other
+    number Gaussian noise"""
     num_envs: int = 16
     """environments that run side by side (part of the sampling noise)"""
     assets: str = ""
@@ -85,7 +86,7 @@ class Args:
     sim: Literal["cpu", "cuda", "auto"] = "cpu"
     """physics, as for ppo_pair.py"""
     cuda: bool = True
-    """if toggled, the policy runs on the GPU where there is one"""
+    """the policy runs on the GPU where there is one"""
     compare: tuple[str, ...] | None = None
     """two or more arms, each RUN or NAME=RUN,RUN,...: how the others differ from the first"""
     plan: float | None = None

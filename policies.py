@@ -4,9 +4,9 @@
     policy = load_policy("openvla")             # the official 7B checkpoint, from the Hub
     python policies.py merge ADAPTER_DIR OUT    # folds a LoRA checkpoint into its base model
 
-Two heads: TokenPolicy (OpenVLA: an action is 7 tokens, each one of 256 bins) and FlowPolicy (pi0,
-pi0.5: a chunk of actions is denoised, and Flow-SDE gives it a likelihood). The networks are in
-backbones/.
+Two heads: TokenPolicy (OpenVLA: an action is 7 tokens, each one of 256 bins, or of 32 in a small
+one) and FlowPolicy (pi0, pi0.5: a chunk of actions is denoised, and Flow-SDE gives it a
+likelihood). The networks are in backbones/.
 """
 
 from __future__ import annotations
@@ -89,11 +89,12 @@ class Policy(Protocol):
     def log_groups(self, latent) -> dict[str, torch.Tensor]:
         """Which samples' KLs to log apart: {name: (B,) bool}."""
 
-    def fixed_outputs(self) -> torch.Tensor:
-        """Of 8 fixed inputs: two policies that agree on them are the same."""
-
     def save(self, directory, dtype=None):
         """Write a checkpoint that load_policy reads, its weights as dtype."""
+
+    # for merge
+    def fixed_outputs(self) -> torch.Tensor:
+        """Of 8 fixed inputs: two policies that agree on them are the same."""
 
     # for sft.py
     def tokenize(self, instructions, prompt=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,9 +116,9 @@ class Policy(Protocol):
         """(vocabulary, H)."""
 
     def watch_pointing(self, hook) -> list:
-        """Call hook(log-probs (B, heads, 2, n)) in each forward pass of sft_loss: which of the n
-        patches is looked at where the answer's first two tokens are predicted. -> handles of the
-        hooks, to remove them. None where no token has to look for a word: pi's patches see them."""
+        """Call hook(log-probs (B, heads, 2, n)) in each forward pass of sft_loss: at which of the n
+        patches half of one layer's heads look where the answer's first two tokens are predicted.
+        -> handles, to remove it; [] where no token has to look: pi's patches see the words."""
 
 
 def act(policy: Policy, obs, instructions, size: int) -> Decision:
@@ -509,7 +510,7 @@ class PolicyArgs:
     base: str | None = None
     """where an adapter's base model is, a directory or on the Hub (default: where it says)"""
     lora_rank: int = 0
-    """rank of the LoRA adapters; 0 trains every weight ("LoRA", Table 3; 32 is both ancestors', the
+    """rank of the LoRA adapters; 0 trains every weight ("LoRA", A.2; 32 is both ancestors', the
     paper's is lost)"""
     lora_alpha: int | None = None
     """the adapters' scale is alpha / rank (default: the rank, as RLinf; RL4VLA has 16)"""
@@ -519,7 +520,8 @@ class PolicyArgs:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, half as much again to compute"""
     horizon: int | None = None
-    """pi0, pi05: actions in a chunk ("Action horizon", Table 3)"""
+    """pi0, pi05: actions in a chunk ("Action prediction horizon",
+    Table 3)"""
     replan: int | None = None
     """pi0, pi05: how many of them are executed before the next decision (Table 3)"""
     denoise_steps: int | None = None

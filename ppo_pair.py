@@ -67,7 +67,6 @@ PRESETS = {
     # 0.5 and forgets what it knew at 4 (results/README.md). 0: the target is the start. The tiny
     # ones have only been run with the start
     "inv_target_rate":        (None,     None,     None,     0.0,       0.0,       0.0,    0.0),
-    "target_kl":              (0.0,      0.0,      0.0,      0.0,       0.0,       0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
     "device_batch_size":      (128,      160,      160,      256,       256,       256,    256),
     "gradient_checkpointing": (True,     True,     True,     False,     False,     False,  False),
@@ -156,7 +155,7 @@ class Args:
     """coefficient of the entropy bonus"""
     max_grad_norm: float
     """maximum norm of the gradient (RL4VLA 10, RLinf 1)"""
-    target_kl: float
+    target_kl: float = 0.0
     """end an iteration's update before a step whose approx KL(old || new) is above it; 0: never"""
     critic_warmup: int
     """first iterations, in which only the value head learns"""

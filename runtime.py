@@ -200,6 +200,11 @@ def own_cores() -> int:
 
 
 def check_shares(args):
+    if args.augment and args.pre_view != "composite":
+        raise Fault(
+            f"--augment shows composites, and with --pre-view {args.pre_view} there are none: "
+            "leave one of them out"
+        )
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
         raise Fault(
             f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by "

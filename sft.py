@@ -44,7 +44,7 @@ class Args:
     assets: str = "builtin"
     """asset pack: builtin, or flat (no simulator)"""
     seed: int = 0
-    """seed of everything"""
+    """of weights, noise and order; the episodes are the same for all"""
     scenes: int = 1000
     """episodes with four distractors for pretraining"""
     demos: int = 2400
@@ -60,9 +60,9 @@ class Args:
     grounding: bool = True
     """both stages ask where things are"""
     pointing: bool = True
-    """the attention of a token policy learns to look at the object that was asked for"""
+    """with grounding: a token policy's attention learns to look at the object that was asked for"""
     question: str = ASK_AS_A_TASK
-    """in these words. {instruction} is the object's name"""
+    """the words in which they ask; {instruction} is the object's name"""
     keep_seeing: bool = False
     """segmentation and alignment go on in behaviour cloning"""
     batch_size: int = 64
@@ -304,7 +304,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         for part in policy.vision_parts()
     ]
     looks = []
-    hooks += policy.watch_pointing(looks.append) if args.pointing else []
+    hooks += policy.watch_pointing(looks.append) if args.grounding and args.pointing else []
     # Of the alignment: log inverse temperature, bias
     scale = nn.Parameter(torch.tensor([1.5, -4.0]))
 

@@ -231,7 +231,7 @@ class OpenVLANetwork(nn.Module):
                 "head_l3": nn.Linear(128, 1, bias=False),
             }
         )
-        # The tokenizer's last 256 ids are the actions. A LARGER id is a SMALLER value.
+        # The last ids before the padding are the actions. A LARGER id is a SMALLER value.
         self.action_end = text.vocab_size - config["pad_to_multiple_of"]
         self.action_begin = self.action_end - config["n_action_bins"]
 
@@ -333,7 +333,7 @@ class OpenVLANetwork(nn.Module):
         for layer in llama.model.layers:  # by content: a word looks at patches like it
             nn.init.normal_(layer.self_attn.q_proj.weight, std=self.config["_attention_std"])
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
-        bins = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (256, 1)
+        bins = torch.linspace(-1, 1, self.action_end - self.action_begin)[:, None]  # (bins, 1)
         std = llama.config.initializer_range
         for table in (llama.model.embed_tokens.weight, llama.lm_head.weight):
             frequency, phase = torch.randn(table.shape[1]) * 3, torch.rand(table.shape[1]) * 6.2832
@@ -353,7 +353,7 @@ class OpenVLANetwork(nn.Module):
     def tokenize(self, instructions, prompt=None):
         """List of B str -> input_ids, attention_mask (B, T): BOS, padding, words.
 
-        The 256 patches go right behind BOS, so that it has to be first in every row.
+        The patches go right behind BOS, so that it has to be first in every row.
         """
         if self.tokenizer is None:
             raise Fault(

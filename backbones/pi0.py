@@ -49,7 +49,7 @@ PI_KIND = {  # what pi0 and pi0.5 do not share
     "pi0": {"max_token_len": 48, "value_head_hidden": [512, 256, 128]},
     "pi05": {"max_token_len": 200, "value_head_hidden": [1024, 512, 256]},
 }
-# OPEN: "LoRA on all linear layers" (Table 3) is RLinf's list, every linear layer of SigLIP and of
+# OPEN: "LoRA on all linear layers" (A.2) is RLinf's list, every linear layer of SigLIP and of
 # Gemma. The projector between them has no adapter and stays as it is.
 PI_LORA_TARGETS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2",

@@ -73,6 +73,12 @@ def test_a_number_out_of_range_is_one_sentence_before_anything_starts(flags, tmp
     assert "\n" not in str(fault.value) and not run.exists()
 
 
+def test_augment_needs_the_composites_that_it_shows(tmp_path):
+    flags = ["--augment", "0.5", "--pre-view", "rerender", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(runtime.Fault, match="--pre-view rerender there are none"):
+        ppo_pair.main(ppo_pair.parse(flags))
+
+
 def test_every_number_has_a_range():
     numbers = {
         k
