@@ -520,8 +520,7 @@ class PolicyArgs:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, half as much again to compute"""
     horizon: int | None = None
-    """pi0, pi05: actions in a chunk ("Action prediction horizon",
-    Table 3)"""
+    """pi0, pi05: actions in a chunk ("Action prediction horizon", Table 3)"""
     replan: int | None = None
     """pi0, pi05: how many of them are executed before the next decision (Table 3)"""
     denoise_steps: int | None = None

@@ -72,8 +72,8 @@ class Args:
 
 
 FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, learning_rate=3e-3,
-            pointing=False)  # fmt: skip
+            clone_steps=2000, keep_seeing=True, pointing=False,
+            learning_rate=3e-3)  # fmt: skip
 DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=ASK),
             "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 
@@ -303,8 +303,6 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         part.register_forward_hook(lambda _, __, out: features.append(out))
         for part in policy.vision_parts()
     ]
-    looks = []
-    hooks += policy.watch_pointing(looks.append) if args.grounding and args.pointing else []
     # Of the alignment: log inverse temperature, bias
     scale = nn.Parameter(torch.tensor([1.5, -4.0]))
 
@@ -316,10 +314,12 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return pretraining if torch.rand(()) < 0.6 else demos
 
     def grounding(batch):
-        looks.clear()
         asked, answers = grounding_answers(batch, pack)
-        names = [pack.names[i] for i in asked.tolist()]
+        names, looks = [pack.names[i] for i in asked.tolist()], []
+        watching = policy.watch_pointing(looks.append) if args.pointing else []
         losses = dict(grounding=policy.sft_loss(batch, names, answers, args.question))
+        for hook in watching:  # cloning has no use for it
+            hook.remove()
         for look in looks:
             losses["pointing"] = 0.5 * pointing_loss(look, batch["classes"], asked)
         return losses

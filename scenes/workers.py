@@ -191,8 +191,7 @@ class VecEnv:
             episode_ids: N ints. split: its name.
             rebuild: make the scenes anew (0.2 s each), so that the episode does not depend on what
                 was simulated before, to the last bit. Without it states differ by about 1e-8.
-                Evaluation does so at each reset, training after each
-                checkpoint.
+                Evaluation does so at each reset, training after each checkpoint.
             alter_seed: seeds what the rendered views draw, together with episode id and step.
         Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq.
             (5)), state (N, 8) float32, with `alter` rgb_alt and with `preserve` rgb_pre

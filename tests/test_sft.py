@@ -254,6 +254,18 @@ def test_pointing_is_the_attention_that_llama_computes(frames):
     torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1:37])
 
 
+@pytest.mark.parametrize("pointing", [True, False])
+def test_both_stages_teach_pointing_where_it_is_asked_for(policy, frames, pointing, monkeypatch):
+    taught = []
+    monkeypatch.setattr(sft, "train", lambda *args: taught.append({*args[4]()}))
+    backbone = "pi05-tiny" if policy.horizon > 1 else "openvla-tiny"
+    trained, _ = sft.warm_up(sft.preset(backbone, pointing=pointing), frames, frames, frames)
+    expected = {"pointing"} if pointing and backbone == "openvla-tiny" else set()
+    assert [stage & {"grounding", "pointing"} for stage in taught] == [{"grounding"} | expected] * 2
+    layers = trained.language_model.model.layers if expected else []
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
 def test_pointing_loss_is_least_on_the_object_that_was_asked_for(frames):
     torch.manual_seed(0)
     asked, _ = sft.grounding_answers(frames, builtin.PACK)
