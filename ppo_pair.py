@@ -99,7 +99,8 @@ class Args:
     eval_episodes: int = 64
     """episodes per split in the table at the end; 0: no table"""
     temperature_eval: float = 0.6
-    """sampling temperature of that table, as both ancestors have it"""
+    """sampling temperature of action tokens in that table, as both ancestors have it. pi0, pi05: 0
+    denoises zeros, any other number noise"""
     policy: policies.PolicyArgs
 
     # the world

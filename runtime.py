@@ -446,10 +446,12 @@ class RunState:
         self.unrelated_kl.append(stats["unrelated_kl"])
 
     def save(self) -> Path:
+        """The checkpoint. It is there, for all ranks, when this returns."""
         self.best = max(tuple(self.best), (float(np.mean(self.success[-8:])), self.iteration))
         trainer = {name: getattr(self, name) for name in self.NAMES}
         trainer |= dict(optimizer=self.optimizer.state_dict(), target=self.target.state())
-        return save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
+        path = save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
+        return from_rank_0(path)  # the others wait for it
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """All that an update may change, whether or not it trains in the critic's warm-up."""

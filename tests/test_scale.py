@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -291,7 +292,7 @@ def two_ranks(tmp_path, *command, code=0, before_update=lambda iteration, batch:
 
 
 def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been(start, tmp_path):
-    """Bitwise. Both end with 0, though only one was told."""
+    """Bitwise. Both end with 0, though only one was told. At the end both share the final table."""
     flags = "--iterations", 3, "--save-every", 9
 
     def terminate(iteration, batch):
@@ -304,7 +305,11 @@ def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been
         in said
     )
     two_ranks(tmp_path, "--resume", tmp_path / "run")
-    two_ranks(tmp_path, *fresh(start, tmp_path / "undisturbed"), *flags)
+    table = "--eval-episodes", 3
+    said, other = two_ranks(tmp_path, *fresh(start, tmp_path / "undisturbed"), *flags, *table)
+    assert "OOD average" in said and "OOD average" not in other
+    episodes = evaluate.read_records(tmp_path / "undisturbed")
+    assert Counter(e["split"] for e in episodes) == dict.fromkeys(envs.SPLITS, 3)
     ours, theirs = (state(tmp_path / run / "checkpoint-000003") for run in ("run", "undisturbed"))
     for flat in (ours, theirs):  # the two runs save at different iterations
         del flat["/trainer/best/0"], flat["/trainer/best/1"]
