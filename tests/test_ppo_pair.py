@@ -525,19 +525,20 @@ def fires(success, unrelated, warmup=3):
 
 def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
     """A recorded collapse (success 61 to 22 %) fires. Of the runs of a study those fire that a guard
-    has ended, in their last iteration."""
+    has ended, in their last iteration: all of them have a target that can come to meet the policy."""
     iteration, sentence = fires(*recorded(Path(__file__).with_name("collapse.txt")))
     assert 10 < iteration < 24 and "success fell" in sentence
     assert not any(fires(*recorded(file)) for file in RESULTS.glob("*/*.txt"))
-    ends = []
+    arms, ended = [], []
     for file in RESULTS.glob("*/*-[ft]*.jsonl"):
         warmup = ppo_pair.preset(file.stem).critic_warmup
         for run in map(json.loads, file.read_text().splitlines()):
             success, unrelated = (run["curves"][name] for name in ("success", "unrelated_kl"))
             iteration, _ = fires(success, unrelated, warmup) or (None, "")
             assert iteration == (len(success) if run["ended"] else None), (file, run["arm"])
-            ends.append(run["ended"])
-    assert len(ends) >= 80 and 3 <= sum(ends) < 8
+            arms.append(run["arm"])
+            ended += [run["arm"]] * run["ended"]
+    assert len(arms) >= 80 and len(ended) >= 3 and all("target: " in arm for arm in ended)
     assert "going blind" in fires([0.5] * 20, [1.0] * 5 + [0.3] * 15)[1]
     assert fires([0.5] * 20, [1.0] * 5 + [0.6] * 15) is None
     assert (
