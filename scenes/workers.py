@@ -89,7 +89,7 @@ def serve(number: int, conn_fd: int):
         pass  # the main process is gone or has closed us
     except Fault as error:
         conn.send(error)
-    except Exception:
+    except Exception:  # whatever it is: the main process waits for an answer
         traceback.print_exc()
         failed = f"environment worker {number} failed, its traceback is above"
         conn.send(Fault(f"{failed}; nothing saved so far is lost"))

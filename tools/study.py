@@ -143,15 +143,14 @@ def table_of(records: list[dict]) -> str:
     for metric in METRICS:
         success = outcomes.success[metric]
         first, a = next(iter(success.items()))
-        changed = ("OOD average", "clutter", "train")
-        heads = (*columns, *(f"{name} - {first}" for name in changed))
+        heads = (*columns, *(f"{name} - {first}" for name in columns))
         rows = [["arm", "seeds", "ended by a guard", *heads]]
         for arm, x in success.items():
             cells = [percent(rate(x, row)) for row in columns.values()]
             same = a[np.isin(seeds[first], seeds[arm])]
-            changes = [percent(difference(same, x, columns[name]), "+") for name in changed]
+            changes = [percent(difference(same, x, row), "+") for row in columns.values()]
             counts = [str(len(x)), str(ended[arm] or "")]
-            rows.append([arm, *counts, *cells, *(changes if arm != first else [""] * 3)])
+            rows.append([arm, *counts, *cells, *(changes if arm != first else [""] * len(columns))])
         parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
     return "\n".join(parts)
 
