@@ -476,7 +476,7 @@ def main(args: Args):
 
 
 def parse(command=None) -> Args:
-    return runtime.parse(Args, preset, MAY_CHANGE, REPLACED, command)
+    return runtime.parse_run(Args, preset, MAY_CHANGE, REPLACED, command)
 
 
 if __name__ == "__main__":

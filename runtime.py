@@ -89,10 +89,10 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(cls, preset, may_change, replaced: dict[str, str], command=None):
-    """The command line -> cls. --backbone chooses the defaults, --resume brings the run's own.
+def parse(cls, preset, replaced=(), command=None, defaults=None):
+    """The command line -> cls. --backbone chooses the defaults, where none are given.
 
-    replaced: {flag that is gone: sentence}. Raises a Fault where a flag contradicts the run.
+    replaced: {flag that is gone: sentence}.
     """
     command, given = sys.argv[1:] if command is None else command, []
     for text in command:
@@ -102,7 +102,7 @@ def parse(cls, preset, may_change, replaced: dict[str, str], command=None):
         if flag in replaced:
             raise Fault(f"{flag} is gone: {replaced[flag]}")
     named = [after for word, after in zip(given, given[1:]) if word == "--backbone"]
-    defaults = preset(*named[-1:])
+    defaults = defaults or preset(*named[-1:])
     switches = [flag_of(k) for k, v in flatten(defaults).items() if isinstance(v, bool)]
     words = []  # --flag True and --flag False are another spelling of --flag and --no-flag
     for word in given:
@@ -110,40 +110,42 @@ def parse(cls, preset, may_change, replaced: dict[str, str], command=None):
             words[-1] = words[-1] if word.lower() == "true" else f"--no-{words[-1][2:]}"
         else:
             words.append(word)
+    return tyro.cli(cls, args=words, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
 
-    def cli(default):
-        return tyro.cli(cls, args=words, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
-    args = cli(defaults)
+def parse_run(cls, preset, may_change, replaced: dict[str, str], command=None):
+    """`parse`, but with --resume the defaults are the run's own.
+
+    Raises a Fault where a flag that is not in `may_change` contradicts the run.
+    """
+    args = parse(cls, preset, replaced, command)
     if args.resume == "auto":
         runs = [Path(args.run_dir)] if args.run_dir else Path("runs").glob("*")
         found = [path for run in runs for path in checkpoints(run)[-1:]]
         newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
         args.resume = newest and str(newest.parent)  # None: start
-    if args.resume:
-        run_dir = Path(args.resume)
-        if run_dir.name.startswith("checkpoint-") or run_dir.name == "best":
+    if not args.resume:
+        return args
+    run_dir = Path(args.resume)
+    if run_dir.name.startswith("checkpoint-") or run_dir.name == "best":
+        raise Fault(f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}")
+    file = newest_checkpoint(run_dir) / "args.json"
+    values, known = read_json(file), flatten(preset())
+    if not isinstance(values, dict) or values.keys() != known.keys():
+        raise Fault(f"{file} is of another version of this program: start another run")
+    saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
+    args = parse(cls, preset, replaced, command, saved)
+    args.resume = args.run_dir = saved.resume
+    asked = flatten(args)
+    for name, value in flatten(saved).items():
+        if asked[name] == "auto":  # the run has chosen
+            asked[name] = value
+        if asked[name] != value and name not in may_change:
             raise Fault(
-                f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}"
+                f"{flag_of(name)} {asked[name]}: the run in {run_dir} has {value}; leave the "
+                "flag out, or start another run"
             )
-        file = newest_checkpoint(run_dir) / "args.json"
-        values, known = read_json(file), flatten(defaults)
-        if not isinstance(values, dict) or values.keys() != known.keys():
-            raise Fault(f"{file} is of another version of this program: start another run")
-        saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
-        args = cli(saved)
-        args.resume = args.run_dir = saved.resume
-        asked = flatten(args)
-        for name, value in flatten(saved).items():
-            if asked[name] == "auto":  # the run has chosen
-                asked[name] = value
-            if asked[name] != value and name not in may_change:
-                raise Fault(
-                    f"{flag_of(name)} {asked[name]}: the run in {run_dir} has {value}; leave the "
-                    "flag out, or start another run"
-                )
-        args = unflatten(cls, asked)
-    return args
+    return unflatten(cls, asked)
 
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -567,7 +569,8 @@ class Means:
 
     def result(self) -> dict:
         """ratio_dev is that of the first step, before which nothing was learnt."""
-        means = dict(zip(self.names, (self.totals[0] / self.totals[1]).tolist()))
+        sums = zip(self.names, *self.totals.tolist())
+        means = {name: total / count for name, total, count in sums if count}
         norm = torch.stack(self.grad_norms).mean().item() if self.grad_norms else 0.0
         return means | dict(ratio_dev=self.first, grad_norm=norm, updates=len(self.grad_norms))
 

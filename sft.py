@@ -13,7 +13,6 @@ actions.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 import policies
+import runtime
 from envs import find_pack, make_envs
-from runtime import Fault, command_line, episode_ids, whole_directory
+from runtime import Fault, episode_ids, whole_directory
 
 # A token of OpenVLA sees the words before it alone. So the question has to begin as the task does:
 # what those words have found then serves both. In pi's prefix every patch sees every word.
@@ -395,10 +394,8 @@ def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
 
 def main(args: Args):
     out = Path(args.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Fault(f"cannot write to --out {out}: {error.strerror}")
+    with runtime.writing_to(out):
+        pass
     untrained = policies.load_policy(args.backbone)
     flat = args.assets == "flat"
     gather = collect_flat if flat else collect_parallel
@@ -421,12 +418,5 @@ def main(args: Args):
     print(f"warm start saved in {out}")
 
 
-def parse() -> Args:
-    """The command line. --backbone chooses the defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--backbone", default="pi05-tiny")
-    return tyro.cli(Args, default=preset(first.parse_known_args()[0].backbone))
-
-
 if __name__ == "__main__":
-    command_line(lambda: main(parse()))
+    runtime.command_line(lambda: main(runtime.parse(Args, preset)))

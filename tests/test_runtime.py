@@ -261,3 +261,12 @@ def test_an_update_that_is_cut_short_is_undone_after_the_critics_warm_up_too():
     state.restore(before)
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), weights))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments))
+
+
+def test_a_group_without_samples_has_no_mean():
+    means = runtime.Means()
+    stats = dict(loss=torch.ones(2), inv_kl=torch.tensor([1.0, 3.0]))
+    means.add(stats, dict(k0=torch.tensor([True, True]), k1=torch.tensor([False, False])))
+    means.all_reduce([])
+    result = means.result()
+    assert result["inv_kl_k0"] == 2 and "inv_kl_k1" not in result
