@@ -63,7 +63,8 @@ lint: setup
 	.venv/bin/ruff format --check .
 
 results: setup
-	@for backbone in openvla-flat pi05-flat openvla-tiny pi05-tiny; do .venv/bin/python tools/study.py --backbone $$backbone --table > /dev/null; done
+	@for file in results/*/*.jsonl; do name=$$(basename $$file .jsonl)
+		.venv/bin/python tools/study.py --backbone $${name%-camera} --name $$name --table > /dev/null; done
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache

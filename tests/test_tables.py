@@ -487,7 +487,7 @@ def test_figure_5_is_success_against_the_camera(tmp_path, kept):
     splits = ["train", *(f"camera+{n}" for n in (28, 4, 8, 12, 16, 20, 24))]
     figures.main(figures.Args("camera", arguments(study(tmp_path, splits=splits))))
     assert curves_of(kept.axes[0])["PAIR"][0] == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert [text.get_text() for text in kept.axes[0].texts] == ["OOD"]
+    assert "training: up to 20" in kept.axes[0].get_xlabel()
     with pytest.raises(ev.Fault, match="evaluate train and splits of the kind camera"):
         figures.main(figures.Args("camera", arguments(study(tmp_path / "b", seeds=1))))
 
@@ -638,10 +638,9 @@ def test_a_bad_call_is_one_sentence_and_exit_code_2(tool, args, capsys):
 # ---- a study
 
 
-@pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat", "pi05-tiny"])
-def test_the_committed_tables_come_from_the_committed_records(backbone, tmp_path):
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/*.jsonl")), ids=lambda file: file.stem)
+def test_the_committed_tables_come_from_the_committed_records(file, tmp_path):
     """Text byte for byte. A figure's bytes depend on the fonts and libraries of the machine."""
-    (file,) = ROOT.glob(f"results/*/{backbone}.jsonl")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert studies.table_of(studies.in_order(records)) == file.with_suffix(".md").read_text()
     studies.figure_of(records, str(tmp_path / "figure"))

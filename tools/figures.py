@@ -19,6 +19,7 @@ kl           densities of KL(o, held-out tables) and KL(o, moved target) over fr
              checkpoint and, for each arm, the last in files of `tools/probe_kl.py --records`
 """
 
+import functools
 import itertools
 import json
 import re
@@ -47,6 +48,11 @@ from tools.tables import COLUMNS, columns_of
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+# Kinds of splits with a number: what number `train` stands for, what the number is.
+NUMBERED = {
+    "clutter": (1, "number of distractors (1: as in training)"),
+    "camera": (0, f"camera turned by (degrees; training: up to {TRAINING_CAMERAS})"),
+}
 
 
 @dataclass
@@ -104,32 +110,15 @@ def percent_axis(axis):
     axis.legend(frameon=False)
 
 
-def numbered_splits(outcomes, kind: str, train: float) -> dict[float, list]:
-    """{number in the name of a split: its row}, in order; `train` stands for a number."""
+def numbered_splits(outcomes, kind: str) -> dict[float, list]:
+    """{number in the name of a split: its row}, in order."""
     rows, numbers = evaluate.rows_of_splits(outcomes), {}
     for split in outcomes.splits:
         match = re.fullmatch(kind + r"[-+](\d+(?:\.\d+)?)", split)
         if match or split == "train":
-            numbers.setdefault(float(match[1]) if match else train, rows[split])
+            number = float(match[1]) if match else NUMBERED[kind][0]
+            numbers.setdefault(number, rows[split])
     return dict(sorted(numbers.items()))
-
-
-def draw_splits(args, arms, kind: str, train: float):
-    """Every arm's success against the number in the name of a split."""
-    outcomes = evaluate.read_aligned(arms)
-    numbers = numbered_splits(outcomes, kind, train)
-    if len(numbers) < 2:
-        raise Fault(
-            f"the records hold {', '.join(outcomes.splits)}: evaluate train and splits of "
-            f"the kind {kind} too"
-        )
-    xs = list(numbers)
-    figure, (axis,) = panels(1)
-    for number, (name, x) in enumerate(outcomes.success[args.metric].items()):
-        draw(axis, xs, [rate(x, row) for row in numbers.values()], number, name)
-    axis.set_xticks(xs)
-    percent_axis(axis)
-    return figure, axis, xs
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -178,9 +167,20 @@ def figure_iterations(args: Args, arms: dict[str, list[str]]):
     return figure
 
 
-def figure_distractors(args: Args, arms: dict[str, list[str]]):
-    figure, axis, _ = draw_splits(args, arms, "clutter", train=1)
-    axis.set_xlabel("number of distractors (1: as in training)")
+def figure_numbered(args: Args, arms: dict[str, list[str]], kind: str):
+    """Every arm's success against the number in the name of a split."""
+    outcomes = evaluate.read_aligned(arms)
+    levels = numbered_splits(outcomes, kind)
+    if len(levels) < 2:
+        raise Fault(
+            f"the records hold {', '.join(outcomes.splits)}: evaluate train and splits of "
+            f"the kind {kind} too"
+        )
+    figure, (axis,) = panels(1)
+    for number, (name, x) in enumerate(outcomes.success[args.metric].items()):
+        draw(axis, list(levels), [rate(x, row) for row in levels.values()], number, name)
+    axis.set(xticks=list(levels), xlabel=NUMBERED[kind][1])
+    percent_axis(axis)
     return figure
 
 
@@ -198,15 +198,6 @@ def figure_lambda(args: Args, arms: dict[str, list[str]]):
     for axis, (column, row) in zip(axes, columns.items()):
         draw(axis, list(success), [rate(x, row) for x in success.values()])
         axis.set(title=column, xlabel="lambda_inv", xticks=xs, ylim=(0, 100), ylabel="success (%)")
-    return figure
-
-
-def figure_camera(args: Args, arms: dict[str, list[str]]):
-    figure, axis, degrees = draw_splits(args, arms, "camera", train=0)
-    if degrees[-1] > TRAINING_CAMERAS:
-        axis.axvspan(TRAINING_CAMERAS + 2, degrees[-1] + 2, color="grey", alpha=0.15, lw=0)
-        axis.text(degrees[-1] + 1.8, 2, "OOD", ha="right", color="dimgrey")
-    axis.set_xlabel("camera turned by (degrees)")
     return figure
 
 
@@ -258,9 +249,9 @@ def figure_kl(args: Args, arms: dict[str, list[str]]):
 
 DRAW = {
     "iterations": figure_iterations,
-    "distractors": figure_distractors,
+    "distractors": functools.partial(figure_numbered, kind="clutter"),
     "lambda": figure_lambda,
-    "camera": figure_camera,
+    "camera": functools.partial(figure_numbered, kind="camera"),
     "kl": figure_kl,
 }
 

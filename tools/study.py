@@ -3,11 +3,13 @@
     python tools/study.py                                # Flatland: all arms, 8 seeds, pi05-flat
     python tools/study.py --backbone pi05-tiny --arms PPO PAIR --seeds 3 --jobs 2   # the simulator
     python tools/study.py --table                        # from the records alone
+    python tools/study.py --backbone openvla-tiny --name openvla-tiny-camera --arms PPO PAIR \\
+        --flags="--pre-view camera" --splits train camera+8 camera+16 camera+24    # section 5.5
 
-A run is `ppo_pair.py` with the arm's flags, then its final table. Its record is one line of
+A run is `ppo_pair.py` with the arm's flags, then `evaluate.py`. Its record is one line of
 results/ASSETS/BACKBONE.jsonl: the flags, the curves, and one bit per episode and split. The table
 compares every arm with PPO over the same seeds, by `evaluate.py`'s bootstrap over seeds and
-episodes. BACKBONE.png has the curves, every kind of shift, the number of distractors, lambda_inv.
+episodes. BACKBONE.png has the curves, every kind of shift, distractors or cameras, lambda_inv.
 """
 
 import json
@@ -25,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
+from envs import SPLITS
 from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
 from ppo_pair import preset
 from runtime import Fault, command_line, newest_checkpoint, read_json, write_text
-from tools.figures import COLOURS, band, draw, numbered_splits, panels, percent_axis, save
+from tools.figures import COLOURS, NUMBERED, band, draw, numbered_splits, panels, percent_axis, save
 from tools.tables import columns_of
 
 ARMS = {
@@ -59,11 +62,13 @@ class Args:
     seeds: int = 8
     """how many, from 2 on: the presets were chosen on seed 1"""
     episodes: int = 256
-    """per split, in each run's final table"""
+    """per split, of each run"""
+    splits: tuple[str, ...] = tuple(SPLITS)
+    """as for evaluate.py"""
     jobs: int = 1
     """runs side by side, one core each"""
     flags: str = ""
-    """more flags of ppo_pair.py, for all arms (with --name)"""
+    """more flags of ppo_pair.py, for all arms, before the arm's own (with --name)"""
     name: str = ""
     """name of the records (default: the backbone's)"""
     table: bool = False
@@ -73,13 +78,15 @@ class Args:
 def play(args: Args, arm: str, seed: int) -> dict:
     """One run in processes of its own -> its record. Of a run that a guard ended (the policy went
     blind, or lost what it could) the last checkpoint counts."""
-    flags = ARMS[arm].format(long=3 * preset(args.backbone).iterations)
+    chosen = preset(args.backbone)
+    flags = f"{args.flags} {ARMS[arm].format(long=3 * chosen.iterations)}".strip()
     run = ROOT / "runs/study" / (args.name or args.backbone) / f"{arm}_{seed}".replace(" ", "-")
     command = ["ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
-    command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", str(args.episodes)]
+    command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", "0", "--keep", "1"]
     # A simulator is built anew after each checkpoint, which takes a minute
-    save_every = "1" if preset(args.backbone).assets == "flat" else "6"
-    command += ["--save-every", save_every, "--keep", "1", *args.flags.split(), *flags.split()]
+    command += ["--save-every", "1" if chosen.assets == "flat" else "6", *flags.split()]
+    table = ["evaluate.py", "--checkpoint", str(run), "--num-episodes", str(args.episodes)]
+    table += ["--num-envs", str(chosen.num_envs), "--splits", *args.splits]
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".txt")
 
@@ -88,12 +95,10 @@ def play(args: Args, arm: str, seed: int) -> dict:
             return subprocess.run([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out)
 
     ended = python(*command).returncode
-    if ended and log.read_text().splitlines()[-1].startswith("error: the policy "):
-        again = ["--checkpoint", str(run), "--num-episodes", str(args.episodes)]
-        ended = python("evaluate.py", *again).returncode
-    if ended:
+    by_guard = ended and log.read_text().splitlines()[-1].startswith("error: the policy ")
+    if ended and not by_guard or (ended := python(*table).returncode):
         raise Fault(f"{arm}, seed {seed} ended with {ended}: see {log}")
-    return record_of(run, args.episodes, arm, seed, f"{args.flags} {flags}".strip())
+    return record_of(run, args.episodes, arm, seed, flags)
 
 
 def record_of(run: Path, episodes: int, arm: str, seed: int, flags: str) -> dict:
@@ -160,16 +165,17 @@ SWEEP = {0: "PPO", 1: "lambda_inv 1", 2: "lambda_inv 2", 4: "+inv"}  # Figure 4
 
 
 def figure_of(records: list[dict], out: str):
-    """Figures 2 to 4 side by side, of the arms that are there: their own episodes against
-    iterations (mean and range of the seeds that no guard ended), each kind of shift, distractors,
-    lambda_inv."""
+    """Figures 2 to 5 side by side, as far as the arms and splits are there: own episodes against
+    iterations (mean and range of the seeds that no guard ended), each kind of shift, the number of
+    distractors or the camera's angle, lambda_inv."""
     outcomes = outcomes_of(records)
     success, columns = outcomes.success[METRICS[0]], columns_of(outcomes)
     arms = [arm for arm in MAIN if arm in success]
     of_sweep = [(x, success[arm]) for x, arm in SWEEP.items() if arm in success]
-    figure, axes = panels(4 if len(of_sweep) > 1 else 3)
-    own, shifts, distractors, *sweep = axes
-    levels = numbered_splits(outcomes, "clutter", train=1)
+    numbered = {kind: numbered_splits(outcomes, kind) for kind in NUMBERED}
+    numbered = {kind: levels for kind, levels in numbered.items() if len(levels) > 1}
+    figure, axes = panels(2 + len(numbered) + (len(of_sweep) > 2))
+    own, shifts, *others = axes
 
     def rates(arm, rows):
         return [rate(success[arm], row) for row in rows.values()]
@@ -183,15 +189,17 @@ def figure_of(records: list[dict], out: str):
             band(own, iterations, curves, COLOURS[i])
         at = np.arange(len(columns)) + (i - (len(arms) - 1) / 2) * 0.2
         draw(shifts, at, rates(arm, columns), i, arm, line="none")
-        draw(distractors, list(levels), rates(arm, levels), i, arm)
-    for axis in sweep:
+        for axis, levels in zip(others, numbered.values()):
+            draw(axis, list(levels), rates(arm, levels), i, arm)
+    for axis, kind in zip(others, numbered):
+        axis.set(title=kind, xlabel=NUMBERED[kind][1])
+    for axis in others[len(numbered) :]:
         estimates = [rate(x, columns["OOD average"]) for _, x in of_sweep]
         draw(axis, [x for x, _ in of_sweep], estimates, 1, "without L_sen")
         axis.set(title="OOD average", xlabel="lambda_inv")
     own.set(title="own episodes while training", xlabel="iteration")
     shifts.set(title="in distribution and out of it")
     shifts.set_xticks(range(len(columns)), [*columns], rotation=30, ha="right")
-    distractors.set(title="clutter", xlabel="number of distractors")
     for axis in axes:
         percent_axis(axis)
     shifts.get_legend().remove()  # that of the first panel
