@@ -10,8 +10,6 @@ success does not end it. `make_envs` makes N environments of an asset pack, whic
 torch tensors. How a scene is simulated and drawn is in scenes/.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from runtime import Fault, command_line, own_cores
+from runtime import Fault, command_line, one_line, own_cores
 
 
 # ------------------------------------------------------------ Splits and episodes
@@ -218,6 +216,12 @@ def find_pack(assets: str):
     return pack
 
 
+INSTALL = (
+    "install Mesa's lavapipe, version 24.3 or later: `make setup` does it on Debian and Ubuntu"
+    " where it may use apt-get, elsewhere it prints the commands"
+)
+
+
 def make_env(assets: str, image_size: int | None = None, resize: str | None = None):
     """One bare scene in this process -> scenes.task.PutOnPlate."""
     if assets == "flat":
@@ -230,8 +234,7 @@ def make_env(assets: str, image_size: int | None = None, resize: str | None = No
     except RuntimeError as error:
         if not re.search("vk::|[Vv]ulkan|physical device|rendering device", str(error)):
             raise
-        hint = "run `python envs.py --check`, it says what to install"
-        raise Fault(f"no Vulkan device to render with ({error}): {hint}")
+        raise Fault(f"no Vulkan device to render with ({error}): {INSTALL}")
 
 
 def choose_sim(sim: str) -> str:
@@ -316,7 +319,7 @@ class Args:
     gallery: str | None = None
     """PNG file to draw a contact sheet in: every split, and the views with their mask"""
     assets: str = "builtin"
-    """asset pack that is drawn: builtin or rl4vla"""
+    """asset pack that is drawn: builtin, rl4vla or rl4vla-small, with --check also flat"""
     download: bool = False
     """fetch what is missing of the pack rl4vla (about 45 MB); asks nothing, can be interrupted and
     started again"""
@@ -333,9 +336,8 @@ def main(args: Args):
         try:
             rl4vla.download()
         except OSError as error:
-            reason = str(error).splitlines()[0]
             hint = "check the network and start it again, it goes on where it was"
-            raise Fault(f"--download: {reason}; {hint}")
+            raise Fault(f"--download: {one_line(error)}; {hint}")
         find_pack("rl4vla")
         folders = " and ".join(map(str, rl4vla.asset_folders().values()))
         print(f"ok: the pack rl4vla is complete in {folders}")

@@ -42,10 +42,9 @@ import tyro
 from tqdm import tqdm
 
 import runtime
-from backbones.files import read_object
 from envs import SPLITS, choose_sim, make_envs, parse_split
 from policies import PolicyArgs, load_policy
-from runtime import Fault, episode_ids, write_text
+from runtime import Fault, episode_ids, read_json, write_text
 
 METRICS = ("success_once", "success_at_end")
 # What must be equal for two records to be comparable.
@@ -191,10 +190,8 @@ def write_video(path: Path, frames: Sequence[np.ndarray]):
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # 2: H.264 needs even sides, no more than that
-    with imageio.get_writer(path, fps=5, macro_block_size=2) as video:
-        for frame in frames:
-            video.append_data(frame.repeat(4, axis=0).repeat(4, axis=1))
+    frames = [frame.repeat(4, axis=0).repeat(4, axis=1) for frame in frames]
+    imageio.mimwrite(path, frames, fps=5, macro_block_size=2)  # 2: H.264 needs even sides
 
 
 # ------------------------------------------------------------------------------------- records
@@ -316,8 +313,6 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 
     Unlike k/n +- z sqrt(...), it stays inside [0, 1] and has a length even at 0 of n and n of n.
     """
-    if not 0 <= k <= n or n == 0:
-        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     z = 1.96  # 95 %
     center = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
@@ -417,9 +412,9 @@ def influence(x: np.ndarray, row: list) -> tuple[np.ndarray, np.ndarray]:
     """
     rates, added = np.zeros(len(x)), np.zeros(x.shape[:2])
     for weight, mask in row:
-        rate = x[:, mask].mean(1)  # (R,)
-        rates += weight * rate
-        of_episode = ((x - rate[:, None, None]) * mask).sum(2)  # (R, E, S) -> (R, E)
+        mean = x[:, mask].mean(1)  # (R,)
+        rates += weight * mean
+        of_episode = ((x - mean[:, None, None]) * mask).sum(2)  # (R, E, S) -> (R, E)
         added += weight * len(mask) / mask.sum() * of_episode
     return rates, added
 
@@ -554,13 +549,13 @@ def ood_table(records: Sequence[dict]) -> str:
     return markdown(table)
 
 
-def compare_table(outcomes: Outcomes, metric: str) -> str:
+def compare_table(outcomes: Outcomes, metric: str, rows: dict[str, list], what="split") -> str:
     """Every arm's rate, and its paired difference to the first arm's; n: episodes per run."""
     success = outcomes.success[metric]
     (first, a), *others = success.items()
-    table = [["split", *(f"{name} %" for name in success)]]
+    table = [[what, *(f"{name} %" for name in success)]]
     table[0] += [*(f"{name} - {first}, points" for name, _ in others), "n"]
-    for name, row in rows_of_splits(outcomes).items():
+    for name, row in rows.items():
         rates = [f"{100 * influence(x, row)[0].mean():.1f}" for x in success.values()]
         changes = [percent(difference(a, b, row), "+") for _, b in others]
         table.append([name, *rates, *changes, str(sum(int(mask.sum()) for _, mask in row))])
@@ -611,7 +606,7 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         directory = runtime.newest_checkpoint(directory)
     args_json = directory / "args.json"
     if args_json.exists():
-        saved |= read_object(args_json)
+        saved |= read_json(args_json)
     if not saved["backbone"]:
         raise Fault(f"{args_json} does not name a backbone: pass --backbone")
     if args.backbone not in ("", saved["backbone"]):
@@ -664,7 +659,7 @@ def main(args: Args):
         several = max(map(len, arms.values())) > 1
         print(f"95 % intervals over {'runs and episodes' if several else 'episodes alone'}")
         for metric in METRICS:
-            print(f"\n{metric}\n\n{compare_table(outcomes, metric)}")
+            print(f"\n{metric}\n\n{compare_table(outcomes, metric, rows_of_splits(outcomes))}")
         return
 
     check_args(args)

@@ -9,10 +9,9 @@ one) and FlowPolicy (pi0, pi0.5: a chunk of actions is denoised, and Flow-SDE gi
 likelihood). The networks are in backbones/.
 """
 
-from __future__ import annotations
-
 import copy
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -630,6 +629,11 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
 
 
 # ------------------------------------------------------------------------------------- command line
+# Files that the official loaders want, and nothing here reads.
+OFFICIAL_BESIDES = ("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "added_tokens.json", "generation_config.json")  # fmt: skip
+
+
 @torch.no_grad()
 def merge(
     checkpoint: Positional[str],
@@ -669,6 +673,9 @@ def merge(
     save_file(policy.value_head.state_dict(), out / "value_head.safetensors", {"format": "pt"})
     save_config(policy, out)
     save_tokenizer(policy, out)
+    for name in OFFICIAL_BESIDES:
+        if (policy.directory / name).is_file():
+            shutil.copy(policy.directory / name, out / name)
     if policy.config["norm_stats"]:
         options["unnorm_key"] = policy.unnorm_key
     del policy, state, module  # two 7B models need not fit at once

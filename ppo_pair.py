@@ -17,8 +17,6 @@ PPO and both losses on minibatches (update). Views are made in views.py, log-pro
 policies.py. What every long run needs and no paper describes is in runtime.py.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,14 +251,14 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
     rewards, dones = torch.stack(rewards), torch.stack(dones)  # (T, N)
     decision = policies.join_decisions(decisions)
     values = decision.value.view_as(rewards)
-    next_values = torch.cat([values, values[:1]])  # (T + 1, N): the last row is never used
-    advantages, returns = gae(rewards, next_values, dones, args.gamma, args.gae_lambda)
+    padded = torch.cat([values, values[:1]])  # (T + 1, N): the last row is never used
+    advantages, returns = gae(rewards, padded, dones, args.gamma, args.gae_lambda)
     mean, std, count = runtime.moments(advantages)  # returns - values: the critic's errors
     _, returns_std, _ = runtime.moments(returns)
     mean_reward, _, _ = runtime.moments(rewards)
     success, _, episodes = runtime.moments(torch.stack(successes)[dones])
     batch = dict(
-        obs={k: torch.cat([o[k] for o in obs]) for k in obs[0]},
+        obs={k: torch.cat([o.pop(k) for o in obs]) for k in list(obs[0])},  # frees the parts
         instructions=instructions,
         latents=decision.latent,
         logprobs=decision.logprob,
@@ -381,10 +379,11 @@ def make_optimizer(args, policy):
     return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
 
 
-def main(args: Args):
+def train(args: Args) -> tuple[Args, Path | None]:
+    """A whole run -> its arguments, and its last checkpoint, None where SIGTERM came before."""
     # ---------------------------------------------------------------- set up
     runtime.check_ranges(args, RANGES, policies.RANGES)
-    runtime.check_shares(args)
+    runtime.check_flags(args)
     sim.parse_split(train_split(args))
     args.sim = sim.choose_sim(args.sim)
     device = runtime.own_device(args.cuda)
@@ -403,6 +402,7 @@ def main(args: Args):
     policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
     optimizer = make_optimizer(args, policy)
+    runtime.start_alike(optimizer)
     target = policies.SlowCopy(policy, args.inv_target_rate)
     order = torch.Generator()  # of the samples in an update: the same on all ranks
     state = runtime.RunState(args, policy, optimizer, target, resumed)
@@ -460,16 +460,21 @@ def main(args: Args):
             runtime.check_collapse(state, args.critic_warmup)
             if iteration % args.save_every == 0 or iteration == args.iterations:
                 saved = state.save()
-        stopped = state.iteration < args.iterations
-        if stopped and state.iteration % args.save_every:
+            batch = None  # or two rollouts would need their memory at once
+        if state.iteration == args.iterations:
+            return args, saved
+        if state.iteration % args.save_every:
             state.save()
+    state.say_how_to_go_on()
+    return args, None
 
-    # ---------------------------------------------------------------- final table
-    if stopped:
-        state.say_how_to_go_on()
-    elif args.eval_episodes:
-        table = evaluate.Args(checkpoint=str(saved), policy=args.policy, sim=args.sim)
+
+def main(args: Args):
+    args, checkpoint = train(args)  # policy and optimizer are gone: the table loads its own
+    if checkpoint and args.eval_episodes:
+        table = evaluate.Args(checkpoint=str(checkpoint), policy=args.policy, sim=args.sim)
         table.num_episodes, table.num_envs = args.eval_episodes, args.num_envs // runtime.WORLD
+        table.num_envs = min(table.num_envs, args.device_batch_size)
         table.temperature, table.cuda = args.temperature_eval, args.cuda
         evaluate.main(table)
     runtime.leave_ranks()

@@ -3,8 +3,6 @@
 The method is in ppo_pair.py. Of a policy, this file knows the contract in policies.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import hashlib
@@ -35,6 +33,11 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------ errors
 class Fault(Exception):
     """Something the user can mend. The text is one sentence: what is wrong and what to do."""
+
+
+def one_line(error) -> str:
+    """An error's own words, cut to what a sentence can bear."""
+    return " ".join(str(error).split())[:200]
 
 
 def command_line(main):
@@ -131,7 +134,7 @@ def parse_run(cls, preset, may_change, replaced: dict[str, str], command=None):
         raise Fault(f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}")
     file = newest_checkpoint(run_dir) / "args.json"
     values, known = read_json(file), flatten(preset())
-    if not isinstance(values, dict) or values.keys() != known.keys():
+    if values.keys() != known.keys():
         raise Fault(f"{file} is of another version of this program: start another run")
     saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
     args = parse(cls, preset, replaced, command, saved)
@@ -170,8 +173,8 @@ def collective(function, *args):
         try:
             function(*args)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:100]
-            raise Fault(f"another rank ended, so rank {RANK} does too ({reason})") from None
+            ended = f"another rank ended, so rank {RANK} does too"
+            raise Fault(f"{ended} ({one_line(error)})") from None
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -192,6 +195,7 @@ def own_device(cuda: bool) -> torch.device:
     if not (cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     torch.cuda.set_device(LOCAL_RANK)
+    torch.backends.cudnn.allow_tf32 = False  # torch has it on for convolutions, off for the rest
     return torch.device("cuda", LOCAL_RANK)
 
 
@@ -201,7 +205,15 @@ def own_cores() -> int:
     return max(1, here // LOCAL_WORLD)
 
 
-def check_shares(args):
+def start_alike(optimizer):
+    """Every rank gets rank 0's weights. Random ones are equal without only on equal hardware."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            collective(dist.broadcast, p.data, 0)
+
+
+def check_flags(args):
+    """Flags that contradict each other, or that several ranks cannot share."""
     if args.augment and args.pre_view != "composite":
         raise Fault(
             f"--augment shows composites, and with --pre-view {args.pre_view} there are none: "
@@ -264,11 +276,14 @@ def train_ids(args, iteration: int, rounds: int):
 
 
 # ------------------------------------------------------------------------------------------ files
-def read_json(file: Path):
+def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise Fault(f"{file} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise Fault(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 @contextmanager
@@ -311,9 +326,8 @@ def whole_directory(directory: Path):
         sync(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = str(error).replace("\n", " ")
         raise Fault(
-            f"{directory} could not be written ({reason}); nothing saved before is touched"
+            f"{directory} could not be written ({one_line(error)}); nothing saved before is touched"
         ) from error
 
 

@@ -11,9 +11,8 @@ behaviour cloning of a scripted oracle that reads privileged state and acts thro
 actions.
 """
 
-from __future__ import annotations
-
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -395,7 +394,7 @@ def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
 def main(args: Args):
     out = Path(args.out)
     with runtime.writing_to(out):
-        pass
+        tempfile.TemporaryFile(dir=out.parent).close()
     untrained = policies.load_policy(args.backbone)
     flat = args.assets == "flat"
     gather = collect_flat if flat else collect_parallel
@@ -419,4 +418,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    runtime.command_line(lambda: main(runtime.parse(Args, preset)))
+    import sft  # the workers import `collect`, which they could not from __main__
+
+    runtime.command_line(lambda: sft.main(runtime.parse(sft.Args, sft.preset)))

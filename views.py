@@ -7,8 +7,6 @@ A composite, Eq. (5), is made of pictures that are there. The environments draw 
 functions (env of N scenes, N generators) -> N pictures.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

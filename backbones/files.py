@@ -1,7 +1,5 @@
 """Checkpoints as files: directories and Hub repositories, JSON, safetensors; reading and saving."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -13,18 +11,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime import Fault, read_json, verify
+from runtime import Fault, one_line, read_json, verify
 
 WEIGHTS = ["model*.safetensors"]  # of a full model: what is fetched last
 REST = ["*.json", "adapter_model*", "value_head*", "training_state.pt", "action_head--*"]
 
 
 # -------------------------------------------------------------------------- directories and the Hub
-def one_line(error):
-    """An error's own words, cut to what a sentence can bear."""
-    return " ".join(str(error).split())[:200]
-
-
 def download(repo, revision, patterns):
     """Those files of a Hub repository, from the cache or the network -> their directory, which is
     named after the commit."""
@@ -67,7 +60,7 @@ def find_model(checkpoint, base, hub):
             raise Fault(f"{checkpoint} is a full model and no adapter: leave out --base {base}")
         return directory, name, commit, None
     if not base:
-        peft_config = read_object(file)
+        peft_config = read_json(file)
         base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
         if not base:
             raise Fault(
@@ -89,13 +82,6 @@ def find_model(checkpoint, base, hub):
 
 
 # ------------------------------------------------------------------------------------------ JSON
-def read_object(file):
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise Fault(f"{file} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
 def check_types(values, types, file):
     """values[field] is of types[field], for every field of `values` that `types` knows."""
     for field in values.keys() & types.keys():
@@ -115,7 +101,7 @@ def open_tensors(directory, stem):
     index, files = directory / f"{stem}.safetensors.index.json", [directory / f"{stem}.safetensors"]
     if index.is_file():
         try:
-            shards = set(read_object(index)["weight_map"].values())
+            shards = set(read_json(index)["weight_map"].values())
             files = [directory / name for name in sorted(shards)]
         except (KeyError, AttributeError, TypeError):
             raise Fault(

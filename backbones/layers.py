@@ -1,7 +1,5 @@
 """Blocks that OpenVLA and pi0 share."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint

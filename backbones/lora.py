@@ -1,15 +1,13 @@
 """LoRA adapters with float32 weights, saved and read as PEFT directories."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from backbones.files import check_tensors, one_line, open_tensors, read_object, read_tensor
-from runtime import Fault
+from backbones.files import check_tensors, open_tensors, read_tensor
+from runtime import Fault, one_line, read_json
 
 NOT_PLAIN = (  # fields of adapter_config.json that make more of an adapter than B A x
     "use_dora", "bias", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
@@ -63,7 +61,7 @@ def add_lora(network, rank=32, alpha=None, targets=None, lora_config=None):
 
 def read_lora_config(file):
     """adapter_config.json as PEFT reads it. Refuses what is no plain LoRA."""
-    content = read_object(file)
+    content = read_json(file)
     for field in ("peft_type", *NOT_PLAIN):
         value = content.get(field)
         plain = value == "LORA" if field == "peft_type" else not value or value == "none"

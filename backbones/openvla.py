@@ -5,8 +5,6 @@ Parameter names are the official checkpoint's. All that differs between the smal
 model is in config.json.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 
@@ -16,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from backbones.files import check_types, one_line, read_object, save_policy
+from backbones.files import check_types, save_policy
 from backbones.layers import (
     STEP_BOUNDS,
     forward_layer,
@@ -27,7 +25,7 @@ from backbones.layers import (
 )
 from backbones.lora import add_lora
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
-from runtime import Fault
+from runtime import Fault, one_line, read_json
 
 # Its last space is Llama's token 29871
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
@@ -256,7 +254,7 @@ class OpenVLANetwork(nn.Module):
                     "come from tokens: use a checkpoint of OpenVLA"
                 )
         file = directory / "config.json"
-        config = read_object(file)
+        config = read_json(file)
         kind = config.get("model_type", config.get("type")) or "a model that it does not name"
         if kind == "openvla" and "_word_vocab" in config:
             kind = config.get("_backbone", "openvla-tiny")

@@ -4,8 +4,6 @@ Gemma's keys and values. policies.FlowPolicy makes actions of it.
 Parameter names are openpi's, and RLinf's for the value head. So Gemma's embedding is "lm_head".
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from types import SimpleNamespace
@@ -19,7 +17,7 @@ from transformers import GemmaConfig, SiglipVisionConfig
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from backbones.files import check_types, open_tensors, read_object, save_policy
+from backbones.files import check_types, open_tensors, save_policy
 from backbones.layers import (
     STEP_BOUNDS,
     forward_layer,
@@ -31,7 +29,7 @@ from backbones.layers import (
 from backbones.lora import add_lora
 from backbones.statistics import columns
 from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
-from runtime import Fault
+from runtime import Fault, read_json
 
 PI = {  # of the official models; a checkpoint's config.json may say otherwise
     "image_size": 224, "patch": 14, "vis_width": 1152, "vis_depth": 27, "vis_heads": 16,
@@ -87,7 +85,7 @@ class Recorder(dict):
     """Stands where GemmaAttention expects a cache: keeps each layer's rotated keys and values."""
 
     def update(self, k, v, layer_idx):
-        self[layer_idx] = k, v
+        self.setdefault(layer_idx, (k, v))  # checkpointing comes again, with a graph of its own
         return k, v
 
 
@@ -276,8 +274,10 @@ class Pi0Network(nn.Module):
             file = {}
             for folder in filter(None, (directory, adapter)):
                 if (folder / "config.json").is_file():
-                    content = read_object(folder / "config.json")
+                    content = read_json(folder / "config.json")
                     check_types(content, types, folder / "config.json")
+                    if "action_chunk" not in content:  # openpi's: the horizon before RL
+                        content.pop("action_horizon", None)
                     file |= content
             keys = {cls.rename(key) for key in open_tensors(directory, "model")}
             signs = "action_time_mlp_in.weight" in keys, "time_mlp_in.weight" in keys
@@ -565,6 +565,7 @@ class Pi0Network(nn.Module):
     def prefix_value(self, prefix):
         """pi0.5's critic, (B,): it reads the mean over the prefix without its padding."""
         # OPEN: the value loss also trains the VLM's adapters, as in RLinf, unless detach_value.
+        # DEVIATION: RLinf's first code for pi0.5 averages padding, too; its later code does not.
         weight = prefix.mask[..., None].float()
         return self.value((prefix.hidden.float() * weight).sum(1) / weight.sum(1))
 

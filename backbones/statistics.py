@@ -1,14 +1,11 @@
 """Statistics of actions and states, from every file that may hold some. What is wrong with one ends
 in a sentence that names file and field."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 
-from backbones.files import read_object
-from runtime import Fault
+from runtime import Fault, read_json
 
 
 def read_norm_stats(config, directory, adapter, wanted):
@@ -28,7 +25,7 @@ def read_norm_stats(config, directory, adapter, wanted):
             file = folder / f"{name}.json"
             if not file.is_file():
                 continue
-            more = read_object(file)
+            more = read_json(file)
             if not more:
                 raise Fault(f"{file} is empty: it holds no data set's statistics")
             stats = stats | more
@@ -39,7 +36,7 @@ def read_norm_stats(config, directory, adapter, wanted):
                 key = None
     if directory and not stats:  # openpi's: in a folder named after the data set
         for file in sorted(directory.glob("*/**/norm_stats.json")):
-            name, content = str(file.parent.relative_to(directory)), read_object(file)
+            name, content = str(file.parent.relative_to(directory)), read_json(file)
             if "norm_stats" not in content:
                 raise Fault(f"{file} has no norm_stats, under which openpi keeps them")
             stats[name], sources[name] = content["norm_stats"], file

@@ -1,14 +1,11 @@
 """Text -> token ids, BOS first. No code of a checkpoint runs: a tokenizer.json is read as data."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from backbones.files import one_line
-from runtime import Fault
+from runtime import Fault, one_line
 
 # The objects of both asset packs, and the words of the prompts
 _WORDS = """7up action baguette ball banana bar bbq bear black block blue bottle bowtie bread

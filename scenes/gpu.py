@@ -15,8 +15,6 @@ OPEN: this file has not yet run on a GPU. tests/test_gpu.py compares one scene o
 scenes/task.py.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import numpy as np

@@ -4,9 +4,6 @@ The main process samples episodes and calls functions in the workers, on the sce
 worker that fails or dies ends the run with one sentence, never a hang.
 """
 
-from __future__ import annotations
-
-import importlib
 import os
 import signal
 import socket
@@ -14,21 +11,12 @@ import subprocess
 import sys
 import traceback
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from runtime import Fault
 from scenes.task import render_backend
-
-
-def importable(function):
-    """A function defined at the top of a file, as a worker can import it even where that file is
-    the running script."""
-    if function.__module__ != "__main__":
-        return function
-    return vars(importlib.import_module(Path(sys.argv[0]).stem))[function.__name__]
 
 
 # ------------------------------------------------------------ worker
@@ -115,7 +103,7 @@ class VecEnv:
     def __init__(self, num_envs, pack, sample, make, views, num_workers):
         self.num_envs, self.num_workers = num_envs, num_workers
         self.pack, self.sample = pack, sample
-        self.views = {name: importable(view) for name, view in views.items()}
+        self.views = views
         self.max_episode_steps = pack.max_episode_steps
         self.instructions: list[str] = []
         self.elapsed = 0
@@ -138,13 +126,13 @@ class VecEnv:
 
     def map(self, function, *args) -> list:
         """function(scenes of the worker, *args[i]) in every worker i at once -> one result per
-        worker. `function` must be defined at the top of a file. A worker that failed or died ends
-        the run with a Fault."""
+        worker. `function` is at the top of a file that is not the running script: the workers
+        import it. A worker that failed or died ends the run with a Fault."""
         waiting = {conn: i for i, (_, conn) in enumerate(self._workers)}
         answers = [None] * len(waiting)
         for (process, conn), arguments in zip(self._workers, args):
             try:
-                conn.send((importable(function), arguments))
+                conn.send((function, arguments))
             except (BrokenPipeError, ConnectionResetError):
                 self._died(process)
         while waiting:
@@ -194,7 +182,7 @@ class VecEnv:
                 Evaluation does so at each reset, training after each checkpoint.
             alter_seed: seeds what the rendered views draw, together with episode id and step.
         Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq.
-            (5)), state (N, 8) float32, with `alter` rgb_alt and with `preserve` rgb_pre
+            (5)), state (N, 8) float32, with make_envs' `alter` rgb_alt, with `preserve` rgb_pre
             (N, H, W, 3) uint8. `self.instructions` holds N sentences.
         """
         episodes = self._sample(episode_ids, split)

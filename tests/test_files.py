@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import typing
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,15 @@ def test_pi_configs_of_an_unexpected_shape(policy, official_pi, change, sentence
     refused(sentence, policy.config["model_type"], official_pi)
 
 
+def test_the_horizon_of_openpis_own_config_is_not_that_of_rl(policy, official_pi):
+    """openpi's converter writes the horizon of pretraining and no action_chunk. Ours has both."""
+    file, kind = official_pi / "config.json", policy.config["model_type"]
+    edit(file, lambda content: content | {"action_horizon": 10, "action_chunk": 5})
+    assert load_policy(kind, official_pi).horizon == 10
+    edit(file, lambda content: {k: v for k, v in content.items() if k != "action_chunk"})
+    assert load_policy(kind, official_pi).horizon == 8
+
+
 @pytest.mark.parametrize(
     "content", [None, {}, {"metadata": {}}, {"weight_map": None}, {"weight_map": {"a": 1}}]
 )
@@ -414,8 +424,8 @@ def test_flags_that_would_do_nothing(saved, policy, official_pi):
 
 
 def test_every_numeric_flag_has_a_range():
-    fields = {f.name: str(f.type) for f in dataclasses.fields(policies.PolicyArgs)}
-    numbers = {name for name, kind in fields.items() if kind.split(" ")[0] in ("int", "float")}
+    hints = typing.get_type_hints(policies.PolicyArgs).items()
+    numbers = {name for name, hint in hints if {int, float} & {hint, *typing.get_args(hint)}}
     ranges = " ".join(policies.RANGES.values()).split()
     assert set(ranges) == numbers and len(ranges) == len(numbers)
 

@@ -676,6 +676,18 @@ def test_recomputed_activations_give_the_same_gradients(policy, obs):
         torch.testing.assert_close(grads[1][key], grad)
 
 
+def test_recomputed_layers_leave_the_prefix_as_it_was(policy, obs):
+    """A recomputed key would keep a second graph of its layer until the whole backward pass ends."""
+    policy.gradient_checkpointing = True
+    latent = policy.act(obs, TASKS).latent
+    prefix, state = policy.observe(obs, TASKS)
+    before = dict(prefix.kv)
+    policy.logprob(policy.distribution(prefix, state, latent)[0], latent).sum().backward()
+    policy.gradient_checkpointing = False
+    policy.zero_grad(set_to_none=True)
+    assert all(prefix.kv[i][0] is k and prefix.kv[i][1] is v for i, (k, v) in before.items())
+
+
 @torch.no_grad()
 def test_evaluation_is_the_ode(policy, obs):
     torch.manual_seed(0)

@@ -1207,10 +1207,13 @@ def test_merge(tiny_dir, tmp_path, obs, capsys):
         if ".lora_B" in key:
             p.data += torch.randn_like(p) * 0.05
     policy.save(tmp_path / "adapter")
+    (tiny_dir / "preprocessor_config.json").write_text("{}")
     policies.merge(
         str(tmp_path / "adapter"), tmp_path / "out", backbone="openvla-tiny", dtype="float32"
     )
+    (tiny_dir / "preprocessor_config.json").unlink()
     assert "outputs differ by" in capsys.readouterr().out
+    assert (tmp_path / "out/preprocessor_config.json").is_file()  # the official loader wants it
     merged = load_policy("openvla-tiny", tmp_path / "out")
     assert merged.lora_config is None
     latent = policy.act(obs, INSTRUCTIONS).latent

@@ -181,6 +181,16 @@ def ranks(world, function, tmp_path, code=0):
     return texts
 
 
+def test_ranks_start_with_the_weights_of_rank_0(tmp_path):
+    def function(rank):
+        runtime.join_ranks("gloo")
+        p = torch.nn.Parameter(torch.full((3,), float(rank)))
+        runtime.start_alike(torch.optim.SGD([p], 1.0))
+        assert (p == 0).all()
+
+    ranks(2, function, tmp_path)
+
+
 @pytest.mark.parametrize("backbone", TOYS)
 def test_one_process_equals_two_and_three(tmp_path, backbone):
     """Rollout and the whole of Eq. (4), 3 ranks with 5, 5 and 6 environments; noise is made to depend on the environment.

@@ -2,22 +2,16 @@
 
     python tools/bench_policy.py               # measures: 7B on a GPU, openvla-tiny on a CPU
     python tools/bench_policy.py --derive      # no weights, no GPU: memory and time, from shapes
-    python tools/bench_policy.py --full-cpu    # 7B on a CPU once: 15 GB of disk, 18 GB of memory
 
 Measured: the median of several calls of policy.act and ppo_pair.update, after one to warm up. The
 floor is the number of multiply-adds (times 2, without recomputing anything) over the device's
 bfloat16 rate. Derived: act, evaluate and backward run on the meta device, where tensors have shapes
 but no data; every tensor that is alive is counted, so the figures follow the code. An allocator's
-waste is not in them. --full-cpu: random weights in the official format are written, read by
-load_policy, and act, evaluate and go back, in bfloat16 with LoRA.
+waste is not in them.
 """
 
-import json
-import math
 import statistics
 import sys
-import tempfile
-import threading
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -28,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,8 +53,6 @@ GIB = 2**30
 class Args:
     derive: bool = False
     """derive the table for 7B instead of measuring"""
-    full_cpu: bool = False
-    """try 7B on a CPU, from files on"""
     backbone: str | None = None
     """openvla or openvla-tiny (default: openvla on a GPU, openvla-tiny on a CPU)"""
     num_envs: int | None = None
@@ -375,85 +366,8 @@ def bench(args):
     )
 
 
-# ---------------------------------------------------------------------------------------- full size
-def write_shards(directory, count=3):
-    """The official format: config.json, an index, and the tensors in bfloat16. Random numbers."""
-    with torch.device("meta"):
-        policy = policies.TokenPolicy(OPENVLA_7B)
-    shapes = {k: t.shape for k, t in policy.state_dict().items() if not k.startswith("value_head.")}
-    noise = (torch.randn(2**24) * 0.02).bfloat16()  # every tensor is filled with it
-    weight_map, keys = {}, list(shapes)
-    for i in range(count):
-        name = f"model-{i + 1:05}-of-{count:05}.safetensors"
-        part = keys[i * len(keys) // count : (i + 1) * len(keys) // count]
-        tensors = {}
-        for key in part:
-            norm = len(shapes[key]) == 1 and key.endswith("weight")
-            tensors[key] = torch.full(shapes[key], float(norm), dtype=torch.bfloat16)
-            for piece in tensors[key].view(-1).split(len(noise)):
-                piece.add_(0 if norm else noise[: len(piece)])
-        save_file(tensors, directory / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(OPENVLA_7B))
-    return sum(shape.numel() for shape in shapes.values()) * 2
-
-
-class Anonymous(threading.Thread):
-    """The most memory of its own that this process had; pages of files are the system's."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak, self.stop = 0, threading.Event()
-
-    def run(self):
-        while not self.stop.wait(0.05):
-            line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
-            self.peak = max(self.peak, int(line.split()[1]) * 1024)
-
-
-def full_cpu(lora_rank):
-    with tempfile.TemporaryDirectory(prefix="openvla-7b-") as name:
-        weights, clock = write_shards(Path(name)), [time.time()]
-        memory = Anonymous()
-        memory.start()
-        options = dict(lora_rank=lora_rank, gradient_checkpointing=True)
-        policy = policies.load_policy("openvla", name, dtype=torch.bfloat16, **options)
-        clock.append(time.time())
-        print(
-            f"load_policy: {clock[-1] - clock[-2]:.0f} s, {memory.peak / weights:.2f} x the "
-            f"weights at the peak ({weights / GIB:.1f} GiB)",
-            flush=True,
-        )
-        loaded = memory.peak
-    policy.tokenizer = twenty_ids
-    obs, instructions = random_obs(policy, 1, "cpu")
-    decision = policy.act(obs, instructions)
-    clock.append(time.time())
-    print(
-        f"act: {clock[-1] - clock[-2]:.0f} s, actions {decision.actions.flatten().tolist()}",
-        flush=True,
-    )
-    new = policy.evaluate_actions(obs, instructions, decision.latent)
-    (new.logprob.sum() + new.value.sum()).backward()
-    clock.append(time.time())
-    memory.stop.set()
-    grads = [p.grad for p in policy.parameters() if p.requires_grad]
-    norm = torch.stack([g.norm() for g in grads]).norm().item()
-    gap = (new.logprob - decision.logprob).abs().item()
-    print(
-        f"evaluate_actions and backward: {clock[-1] - clock[-2]:.0f} s, {len(grads)} gradients of "
-        f"norm {norm:.3g}, log-prob off by {gap:.3g}; {memory.peak / weights:.2f} x the weights at "
-        "the peak"
-    )
-    assert loaded < 1.2 * weights and math.isfinite(norm) and gap < 0.5
-
-
 def main(args: Args):
-    if args.full_cpu:
-        full_cpu(args.lora_rank)
-    elif args.derive:
+    if args.derive:
         print(derived("openvla", args.lora_rank))
     else:
         bench(args)

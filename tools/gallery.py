@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from tyro.conf import Positional
 
 import views
 from envs import make_env, make_envs
@@ -25,12 +24,10 @@ from runtime import Fault, command_line
 
 @dataclass
 class Args:
-    file: Positional[str] = ""
-    """PNG file to draw the sheet in"""
-    pair: str = ""
+    pair: str
     """PNG file to draw one pair in"""
     assets: str = "builtin"
-    """asset pack that is drawn: builtin or rl4vla, and with --pair flat"""
+    """asset pack that is drawn: builtin, rl4vla or flat"""
 
 
 ABOUT = {
@@ -123,14 +120,33 @@ def check_file(file: str):
         raise Fault(f"cannot write {file}: {error.strerror}")
 
 
-def save(sheet: Image.Image, file: str):
+def draw(file: str, rows: list, left: int):
+    """Writes the PNG `file`: rows of (title, text, pictures, captions or None)."""
+    gap, head = 4, 22
+    width = left + len(rows[0][2]) * (TILE + gap)
+    height = len(rows) * (TILE + gap) + head * sum(captions is not None for *_, captions in rows)
+    sheet = Image.new("RGB", (width, gap + height), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
+    for title, text, shown, captions in rows:
+        xs = [left + j * (TILE + gap) for j in range(len(shown))]
+        if captions is not None:
+            for x, caption in zip(xs, captions):
+                draw.text((x + 2, y + 2), caption, "black", small)
+            y += head
+        for x, picture in zip(xs, shown):
+            tile = Image.fromarray(np.uint8(picture)).resize((TILE, TILE), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, y))
+        draw.text((10, y + 10), title, "black", big)
+        draw.multiline_text((10, y + 48), text, "dimgray", small, spacing=5)
+        y += TILE + gap
     palette = sheet.quantize(256)  # with dither: looks the same at half the size of the file
     sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
     print(f"{file}: {sheet.width} x {sheet.height} pixels")
 
 
 def draw_pair(file: str, assets: str):
-    """Writes the PNG `file`: a frame, its mask, a background, and its two views."""
+    """A frame, its mask, a background, and its two views."""
     check_file(file)
     size = None if assets == "flat" else TILE
     with make_envs(1, assets, image_size=size, num_workers=1, alter=views.task_altering) as vec:
@@ -143,47 +159,16 @@ def draw_pair(file: str, assets: str):
         "o_pre": views.composite(obs["rgb"], obs["mask"], empty)[0],
         "o_alt": obs["rgb_alt"][0],
     }
-    gap, head = 6, 24
-    sheet = Image.new("RGB", (gap + len(shown) * (TILE + gap), head + TILE + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    for i, (name, picture) in enumerate(shown.items()):
-        x = gap + i * (TILE + gap)
-        draw.text((x + TILE // 2, head // 2), name, "black", font, anchor="mm")
-        picture = Image.fromarray(picture.to(torch.uint8).numpy())
-        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.NEAREST), (x, head))
-    save(sheet, file)
+    draw(file, [("", "", list(shown.values()), list(shown))], 0)
 
 
 def draw_sheet(file: str, assets: str):
-    """Writes the PNG `file`."""
     check_file(file)
-    rows = pictures(make_env(assets, TILE))
-    left, gap, head = 200, 4, 22
-    height = len(rows) * (TILE + gap) + head * sum(captions is not None for *_, captions in rows)
-    sheet = Image.new("RGB", (left + 6 * (TILE + gap), gap + height), "white")
-    draw, y = ImageDraw.Draw(sheet), gap
-    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
-    for title, text, shown, captions in rows:
-        xs = [left + j * (TILE + gap) for j in range(6)]
-        if captions is not None:
-            for x, caption in zip(xs, captions):
-                draw.text((x + 2, y + 2), caption, "black", small)
-            y += head
-        for x, picture in zip(xs, shown):
-            sheet.paste(Image.fromarray(picture), (x, y))
-        draw.text((10, y + 10), title, "black", big)
-        draw.multiline_text((10, y + 48), text, "dimgray", small, spacing=5)
-        y += TILE + gap
-    save(sheet, file)
+    draw(file, pictures(make_env(assets, TILE)), 200)
 
 
 def main(args: Args):
-    if not (args.file or args.pair):
-        raise Fault("nothing to draw: name a FILE.png, or say --pair FILE.png")
-    if args.pair:
-        draw_pair(args.pair, args.assets)
-    if args.file:
-        draw_sheet(args.file, args.assets)
+    draw_pair(args.pair, args.assets)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,9 @@ def play(args: Args, arm: str, seed: int) -> dict:
             return subprocess.run([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out)
 
     ended = python(*command).returncode
-    by_guard = ended and log.read_text().splitlines()[-1].startswith("error: the policy ")
-    if ended and not by_guard or (ended := python(*table).returncode):
+    if not ended or log.read_text().splitlines()[-1].startswith("error: the policy "):  # a guard's
+        ended = python(*table).returncode
+    if ended:
         raise Fault(f"{arm}, seed {seed} ended with {ended}: see {log}")
     return record_of(run, args.episodes, arm, seed, flags)
 

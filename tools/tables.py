@@ -94,17 +94,6 @@ def main_table(outcomes: Outcomes, metric: str, family: str) -> list[list[str]]:
     return table
 
 
-def object_table(outcomes: Outcomes, metric: str) -> list[list[str]]:
-    success = outcomes.success[metric]
-    (first, a), *others = success.items()
-    table = [["object", *success, *(f"{name} - {first}" for name, _ in others), "n"]]
-    for name, row in objects_of(outcomes).items():
-        rates = [percent(rate(x, row)) for x in success.values()]
-        changes = [percent(difference(a, b, row), "+") for _, b in others]
-        table.append([name, *rates, *changes, str(int(row[0][1].sum()))])
-    return table
-
-
 def csv_text(outcomes: Outcomes, family: str) -> str:
     rows = evaluate.rows_of_splits(outcomes) | columns_of(outcomes)
     rows |= {f"object: {name}": row for name, row in objects_of(outcomes).items()}
@@ -157,7 +146,8 @@ def main(args: Args):
         parts += [f"**{metric}**", markdown(table)]
         tex += [f"% {metric}", latex(table)]
     for metric in METRICS:
-        parts += [f"**{metric}, by object (all splits)**", markdown(object_table(outcomes, metric))]
+        table = evaluate.compare_table(outcomes, metric, objects_of(outcomes), "object")
+        parts += [f"**{metric}, by object (all splits)**", table]
     text = "\n\n".join(parts)
     out = Path(args.out)
     with writing_to(out):
