@@ -643,8 +643,8 @@ def merge(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     device: str = "cpu",
 ):
-    """Fold a LoRA checkpoint into its base model, write the official format to OUT, read it back
-    and compare: exactly in float32, coarsely in bfloat16, which rounds the merged weights."""
+    """Fold a LoRA checkpoint into its base model, write it to OUT under the official names, read it
+    back and compare: exactly in float32, coarsely in bfloat16, which rounds the merged weights."""
     options = {"dtype": dtype, "device": device}
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
