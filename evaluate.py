@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on the training split and the out-of-distribution (OOD) splits.
 
     python evaluate.py --checkpoint runs/pair                               # its newest checkpoint
-    python evaluate.py --checkpoint runs/pair --splits train clutter-8 --num-episodes 32 --video 4
+    python evaluate.py --checkpoint runs/pair --splits train clutter-8 --video 4 --out runs/look
     python evaluate.py --checkpoint OWNER/NAME --backbone openvla           # from the Hub
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/pair          # the same files, sooner
     python evaluate.py --checkpoint runs/pair --ablate black                # does it use its eyes?
@@ -31,6 +31,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -177,7 +178,8 @@ def play_episodes(
             if i < num_filmed:
                 outcome = "success" if record["success_once"] else "failure"
                 file = video_dir / f"{split}_{episode_id}_{outcome}.mp4"
-                write_video(file, [frame[i] for frame in frames])
+                with runtime.writing_to(file):
+                    write_video(file, [frame[i] for frame in frames])
         if bar is not None:
             successes = sum(record["success_once"] for record in records)
             bar.set_postfix_str(f"{split}: success {successes}/{len(records)}", refresh=False)
@@ -189,7 +191,6 @@ def write_video(path: Path, frames: Sequence[np.ndarray]):
     """mp4 of what the policy saw: frames (H, W, 3) uint8, each pixel drawn as 4 x 4."""
     import imageio
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     frames = [frame.repeat(4, axis=0).repeat(4, axis=1) for frame in frames]
     imageio.mimwrite(path, frames, fps=5, macro_block_size=2)  # 2: H.264 needs even sides
 
@@ -564,6 +565,8 @@ def compare_table(outcomes: Outcomes, metric: str, rows: dict[str, list], what="
 
 def read_arms(texts: Sequence[str]) -> dict[str, list[str]]:
     """NAME=RUN,RUN,... or RUN, which gets the name A, B, ... -> {name: its runs}."""
+    if not texts:
+        raise Fault("there is no arm: write NAME=RUN,RUN,... for each")
     arms = {}
     for i, text in enumerate(texts):
         name, equals, runs = text.partition("=")
@@ -679,6 +682,7 @@ def main(args: Args):
     with (
         make_envs(num_envs, assets, sim=sim, **pictures) as envs,
         tqdm(total=total // world, unit="episode", disable=rank > 0) as bar,
+        runtime.locked(out, "evaluation", "--out") if rank == 0 else nullcontext(),
     ):
         protocol = {
             "backbone": saved["backbone"],
@@ -708,7 +712,8 @@ def main(args: Args):
                 kept = [record for record in old if record["split"] not in played_splits]
                 # Written now, so that an interrupted evaluation keeps what it has.
                 if rank == 0:
-                    table = write_results(out, kept + records)
+                    with runtime.writing_to(out):
+                        table = write_results(out, kept + records)
     if rank == 0:
         print(f"{table}\nEpisodes: {out / 'episodes.jsonl'}")
         if args.ablate != "none":

@@ -39,7 +39,7 @@ from backbones.openvla import KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
 from backbones.statistics import columns, read_norm_stats
 from backbones.tokenizers import read_tokenizer
-from runtime import Fault, check_ranges, command_line, flag_of
+from runtime import Fault, check_empty, check_ranges, command_line, flag_of, writing_to
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone
 
@@ -646,6 +646,7 @@ def merge(
     """Fold a LoRA checkpoint into its base model, write it to OUT under the official names, read it
     back and compare: exactly in float32, coarsely in bfloat16, which rounds the merged weights."""
     options = {"dtype": dtype, "device": device}
+    check_empty(out)
     policy = load_policy(backbone, checkpoint, base=base, **options)
     if policy.lora_config is None:
         raise Fault(
@@ -666,7 +667,8 @@ def merge(
     for key, entry in open_tensors(policy.directory, "model").items():
         if policy.is_unused(policy.rename(key)):  # the official class wants them all the same
             state[policy.rename(key)] = entry[:].to(DTYPES[dtype])
-    out.mkdir(parents=True, exist_ok=True)
+    with writing_to(out):
+        out.mkdir(exist_ok=True)
     save_torch_state_dict(
         state, out, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB"
     )

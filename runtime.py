@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import get_type_hints
@@ -130,7 +130,7 @@ def parse_run(cls, preset, may_change, replaced: dict[str, str], command=None):
     if not args.resume:
         return args
     run_dir = Path(args.resume)
-    if run_dir.name.startswith("checkpoint-") or run_dir.name == "best":
+    if re.match("checkpoint-|best$", run_dir.name) and not checkpoints(run_dir):
         raise Fault(f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}")
     file = newest_checkpoint(run_dir) / "args.json"
     values, known = read_json(file), flatten(preset())
@@ -214,6 +214,9 @@ def start_alike(optimizer):
 
 def check_flags(args):
     """Flags that contradict each other, or that several ranks cannot share."""
+    episode_ids("eval", 0, 0, args.eval_episodes)  # are there so many?
+    if args.adam_beta2 == 1:
+        raise Fault("--adam-beta2 is 1: it must be below 1")
     if args.augment and args.pre_view != "composite":
         raise Fault(
             f"--augment shows composites, and with --pre-view {args.pre_view} there are none: "
@@ -362,7 +365,31 @@ def verify(directory: Path):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-LOCKS = []  # open files of run directories: a lock lasts as long as its process
+def check_empty(out: Path, former=lambda out: False):
+    """Refuse to write a directory over something else than a `former` one of its kind."""
+    if out.exists() and not former(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise Fault(f"{out} is there already, and would be overwritten: name another output")
+
+
+def is_checkpoint(directory: Path) -> bool:
+    return (directory / "trainer.pt").exists()
+
+
+@contextmanager
+def locked(directory: Path, what: str, flag: str):
+    """Two processes never write to one directory: the second gets a Fault. Ends with its process,
+    at the latest."""
+    with open(directory / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fault(
+                f"another {what} is writing to {directory}: wait for it, or name another {flag}"
+            ) from None
+        yield
+
+
+LOCKS = ExitStack()  # of run directories: they last as long as the process
 
 
 def make_run_dir(args):
@@ -378,16 +405,15 @@ def make_run_dir(args):
                 if args.run_dir == names[-1]:
                     raise
         run_dir = Path(args.run_dir)
+        if is_checkpoint(run_dir):
+            raise Fault(f"--run-dir {run_dir} is a checkpoint of another run: name another one")
         if checkpoints(run_dir) and not args.resume:
             raise Fault(
                 f"{run_dir} holds another run's checkpoints: use --resume {run_dir}, "
                 "or name another --run-dir"
             )
-        LOCKS.append(open(run_dir / "lock", "w"))
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS.enter_context(locked(run_dir, "run", "--run-dir"))
         write_text(run_dir / "args.json", json.dumps(flatten(args), indent=2))
-    except BlockingIOError:
-        raise Fault(f"another run is writing to {run_dir}: wait for it, or name another --run-dir")
     except OSError as error:
         raise Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
 
@@ -427,8 +453,10 @@ def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
     link = run_dir / "best.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(best)
+    if not (run_dir / "best").is_symlink():  # a copy of the run that has followed links
+        shutil.rmtree(run_dir / "best", ignore_errors=True)
     os.replace(link, run_dir / "best")
-    for old in checkpoints(run_dir)[: -args.keep]:
+    for old in [p for p in checkpoints(run_dir) if p <= path][: -args.keep]:  # later: damaged
         if old.name != best:
             shutil.rmtree(old.replace(old.with_name(old.name + ".partial")))
     return path
@@ -641,11 +669,13 @@ class Sight:
 
     @torch.no_grad()
     def __init__(self, policy, obs: dict, instructions: list[str], state: RunState, n=64):
+        if state.sight is None:
+            first = {k: v[:n].to(policy.device) for k, v in obs.items()}
+            state.sight = policy.act(first, instructions[:n]).latent
+        n = min(len(instructions), *map(len, state.sight.values()))  # another number of ranks
         self.obs = {k: v[:n].to(policy.device) for k, v in obs.items()}
         self.instructions = instructions[:n]
-        if state.sight is None:
-            state.sight = policy.act(self.obs, self.instructions).latent
-        self.latent = state.sight
+        self.latent = {k: v[:n] for k, v in state.sight.items()}
         views = {
             "a black and a white image": [torch.full_like(self.obs["rgb"], v) for v in (0, 255)]
         }
@@ -715,8 +745,10 @@ class RunLog:
                 sync_tensorboard=True,
             )
         self.file = Path(args.run_dir) / "log.jsonl"
-        lines = self.file.read_text().splitlines() if done else []
-        kept = [f"{line}\n" for line in lines if json.loads(line)["iteration"] <= done]
+        kept = []
+        for line in self.file.read_text().splitlines() if done and self.file.exists() else []:
+            with suppress(ValueError):  # a full disk has cut the last line
+                kept += [f"{line}\n"] if json.loads(line)["iteration"] <= done else []
         write_text(self.file, "".join(kept))
         self.writer = SummaryWriter(Path(args.run_dir) / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(desc="iterations", initial=done, total=args.iterations)
@@ -744,7 +776,8 @@ class RunLog:
     def __exit__(self, *_):
         if RANK == 0:
             self.bar.close()
-            self.writer.close()
+            with suppress(OSError):  # the disk is full: `write` has said so
+                self.writer.close()
 
 
 HEALTH = dict(

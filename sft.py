@@ -76,6 +76,15 @@ DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=A
             "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 
 
+RANGES = {
+    "at least 1": "scenes demos pretrain_steps clone_steps",
+    "at least 2": "batch_size",
+    "above 0": "learning_rate",
+    "0 to 1": "astray",
+    "0 to 2147483647": "seed",
+}
+
+
 def preset(backbone: str = "pi05-tiny", **changes) -> Args:
     """The Args of a backbone, with `changes`."""
     if backbone not in DEFAULTS:
@@ -391,8 +400,16 @@ def collect_parallel(vec, split: str, ids: range, *how) -> list[dict]:
     return sorted(episodes, key=lambda e: e["id"])  # whatever the number of cores
 
 
+def is_start(out: Path) -> bool:
+    """A warm start may be made again in its folder."""
+    files = ("config.json", "args.json", "SHA256SUMS")
+    return all((out / file).is_file() for file in files) and not runtime.is_checkpoint(out)
+
+
 def main(args: Args):
     out = Path(args.out)
+    runtime.check_ranges(args, RANGES)
+    runtime.check_empty(out, former=is_start)
     with runtime.writing_to(out):
         tempfile.TemporaryFile(dir=out.parent).close()
     untrained = policies.load_policy(args.backbone)

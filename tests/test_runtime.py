@@ -1,5 +1,6 @@
 """Flags, run directories, episode ids, logs: what must be refused or right before a long run starts."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import policies
 import ppo_pair
 import runtime
+import sft
 
 ROOT = Path(__file__).parents[1]
 BIG = runtime.MAX_SEED
@@ -128,7 +131,7 @@ def new_run(**changes):
 
 @pytest.fixture(autouse=True)
 def no_lock_stays(monkeypatch):
-    monkeypatch.setattr(runtime, "LOCKS", [])
+    monkeypatch.setattr(runtime, "LOCKS", contextlib.ExitStack())
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -151,8 +154,62 @@ def test_a_folder_that_a_run_is_writing_to_is_refused(tmp_path):
     new_run(run_dir=str(tmp_path / "run"))
     with pytest.raises(runtime.Fault, match="another run is writing"):
         new_run(run_dir=str(tmp_path / "run"))
-    runtime.LOCKS.clear()
+    runtime.LOCKS.close()
     new_run(run_dir=str(tmp_path / "run"))
+
+
+def test_two_evaluations_never_write_to_one_folder(tmp_path):
+    """Each wrote back what it had read at its start, so that the other's splits were lost."""
+    with runtime.locked(tmp_path, "evaluation", "--out"):
+        with pytest.raises(runtime.Fault, match="another evaluation is writing"):
+            with runtime.locked(tmp_path, "evaluation", "--out"):
+                pass
+
+
+def test_a_folder_that_is_a_checkpoint_is_no_run(tmp_path):
+    """Its args.json was overwritten, and the checkpoint damaged."""
+    (tmp_path / "trainer.pt").write_text("")
+    with pytest.raises(runtime.Fault, match="is a checkpoint of another run"):
+        new_run(run_dir=str(tmp_path))
+    assert not (tmp_path / "args.json").exists()
+
+
+def test_sft_replaces_nothing_but_a_warm_start(tmp_path):
+    """--out runs deleted every run."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    with pytest.raises(runtime.Fault, match="runs is there already"):
+        sft.main(sft.preset("pi05-flat", out=str(tmp_path / "runs")))
+    with pytest.raises(runtime.Fault, match="--clone-steps is 0"):
+        sft.main(sft.preset("pi05-flat", out=str(tmp_path / "b"), clone_steps=0))
+    with runtime.whole_directory(tmp_path / "start") as start:
+        (start / "config.json").write_text("{}")
+        (start / "args.json").write_text("{}")
+    runtime.check_empty(tmp_path / "start", former=sft.is_start)
+
+
+def test_merge_overwrites_nothing(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(runtime.Fault, match="is there already"):
+        policies.merge("runs/a", tmp_path)
+
+
+def test_a_cut_log_does_not_stop_a_resumed_run(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3, "suc')
+    args = types.SimpleNamespace(run_dir=str(tmp_path), track=False, iterations=4)
+    with runtime.RunLog(args, done=3):
+        pass
+    assert (tmp_path / "log.jsonl").read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_a_damaged_later_checkpoint_does_not_drop_the_one_just_saved(tmp_path):
+    """And a copy of the run in which `best` is no link goes on."""
+    for name in ("checkpoint-000002", "checkpoint-000004", "best"):
+        (tmp_path / name).mkdir()
+    policy = types.SimpleNamespace(save=lambda directory: None)
+    args = types.SimpleNamespace(keep=1)
+    path = runtime.save_checkpoint(tmp_path, policy, args, dict(iteration=3, best=(0.5, 3)))
+    assert path.is_dir() and (tmp_path / "best").resolve() == path.resolve()
+    assert [p.name for p in runtime.checkpoints(tmp_path)] == [path.name, "checkpoint-000004"]
 
 
 def test_resume_of_a_checkpoint_names_its_run(tmp_path):

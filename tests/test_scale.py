@@ -326,6 +326,15 @@ def test_sigterm_to_one_of_two_ranks_saves_and_they_go_on_as_if_nothing_had_been
     assert_same(ours, theirs)
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(start, tmp_path):
+    """One, two, one. The frames that show whether the policy sees are those of the first rank."""
+    run = tmp_path / "run"
+    assert wait(train(*fresh(start, run), "--iterations", 2)) == 0
+    two_ranks(tmp_path, "--resume", run, "--iterations", 3)
+    assert wait(train("--resume", run, "--iterations", 4)) == 0
+    assert runtime.newest_checkpoint(run).name == "checkpoint-000004"
+
+
 def test_a_nan_on_one_of_two_ranks_stops_both_before_the_step(start, tmp_path):
     def spoil(iteration, batch):
         if (runtime.RANK, iteration) == (1, 2):

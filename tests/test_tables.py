@@ -663,6 +663,15 @@ def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
         studies.play(studies.Args(), "PAIR", 3)
 
 
+def test_a_study_with_flags_of_its_own_has_a_name(tmp_path, monkeypatch):
+    """Its records were added to the committed ones."""
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    with pytest.raises(runtime.Fault, match="give its records a --name"):
+        studies.main(studies.Args(flags="--gamma 0.5"))
+    with pytest.raises(runtime.Fault, match="--seeds is 0"):
+        studies.main(studies.Args(seeds=0))
+
+
 def test_an_arm_is_compared_with_the_baseline_of_its_own_seeds():
     def record(arm, seed, bits):
         bits = dict.fromkeys(ALL, np.packbits(bits).tobytes().hex())

@@ -57,6 +57,8 @@ def read_log(run: str) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def main(args: Args):
+    if not args.runs:
+        raise Fault("nothing to draw: name a run")
     if args.smooth < 1:
         raise Fault("--smooth must be at least 1")
     logs = {run: read_log(run) for run in args.runs}

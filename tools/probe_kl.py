@@ -27,7 +27,7 @@ import evaluate
 import policies
 import views
 from envs import find_pack, make_envs
-from runtime import command_line, episode_ids, write_text
+from runtime import Fault, command_line, episode_ids, write_text
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Args:
 
 @torch.no_grad()
 def main(args: Args):
+    if not args.checkpoints:
+        raise Fault("nothing to compare: name the start, then other checkpoints")
     named = evaluate.Args(checkpoint=args.checkpoints[0], backbone=args.backbone)
     _, saved = evaluate.find_checkpoint(named)
     backbone, assets = saved["backbone"], args.assets or saved["assets"]

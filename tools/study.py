@@ -30,7 +30,7 @@ import tyro
 from envs import SPLITS
 from evaluate import METRICS, Outcomes, difference, markdown, percent, rate, read_records
 from ppo_pair import preset
-from runtime import Fault, command_line, newest_checkpoint, read_json, write_text
+from runtime import Fault, check_ranges, command_line, newest_checkpoint, read_json, write_text
 from tools.figures import COLOURS, NUMBERED, band, draw, numbered_splits, panels, percent_axis, save
 from tools.tables import columns_of
 
@@ -60,7 +60,7 @@ class Args:
     arms: tuple[str, ...] = tuple(ARMS)
     """which arms, by name"""
     seeds: int = 8
-    """how many, from 2 on: the presets were chosen on seed 1"""
+    """how many are run, from 2 on: the presets were chosen on seed 1"""
     episodes: int = 256
     """per split, of each run"""
     splits: tuple[str, ...] = tuple(SPLITS)
@@ -211,6 +211,9 @@ def main(args: Args):
     unknown = [arm for arm in args.arms if arm not in ARMS]
     if unknown:
         raise Fault(f"unknown arm {unknown[0]!r}: choose from {', '.join(ARMS)}")
+    if args.flags and not args.name:
+        raise Fault("--flags makes another study: give its records a --name")
+    check_ranges(args, {"at least 1": "seeds episodes jobs"})
     file = ROOT / "results" / preset(args.backbone).assets / f"{args.name or args.backbone}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -230,7 +233,9 @@ def main(args: Args):
             list(pool.map(one, [key for key in wanted if key not in done]))
     if not records:
         raise Fault(f"{file} holds no records: run the study first, without --table")
-    records = in_order([r for r in records if r["seed"] < args.seeds + 2])
+    if len({record["episodes"] for record in records}) > 1:
+        raise Fault(f"{file} holds records of other --episodes: pass another --name")
+    records = in_order(records)
     write_text(file.with_suffix(".md"), table_of(records))
     figure_of(records, str(file.with_suffix("")))
     print(table_of(records))
