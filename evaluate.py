@@ -607,6 +607,8 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
         return args.checkpoint, saved
     if runtime.checkpoints(directory):
         directory = runtime.newest_checkpoint(directory)
+    if directory.is_symlink():  # RUN/best, whose records are those of the checkpoint
+        directory = directory.parent / directory.readlink()
     args_json = directory / "args.json"
     if args_json.exists():
         saved |= read_json(args_json)

@@ -526,7 +526,8 @@ def fires(success, unrelated, warmup=3):
 
 def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
     """A recorded collapse (success 61 to 22 %) fires. Of the runs of a study those fire that a guard
-    has ended, in their last iteration: all of them have a target that can come to meet the policy."""
+    has ended, in their last iteration. They have a target that can come to meet the policy, or learn
+    from a mixture of scenes."""
     iteration, sentence = fires(*recorded(Path(__file__).with_name("collapse.txt")))
     assert 10 < iteration < 24 and "success fell" in sentence
     assert not any(fires(*recorded(file)) for file in RESULTS.glob("*/*.txt"))
@@ -539,7 +540,11 @@ def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
             assert iteration == (len(success) if run["ended"] else None), (file, run["arm"])
             arms.append(run["arm"])
             ended += [run["arm"]] * run["ended"]
-    assert len(arms) >= 80 and len(ended) >= 3 and all("target: " in arm for arm in ended)
+    assert (
+        len(arms) >= 80
+        and len(ended) >= 3
+        and all("target: " in arm or arm == "PPO on composites" for arm in ended)
+    )
     assert "going blind" in fires([0.5] * 20, [1.0] * 5 + [0.3] * 15)[1]
     assert fires([0.5] * 20, [1.0] * 5 + [0.6] * 15) is None
     assert (
