@@ -652,9 +652,6 @@ def merge(
         raise Fault(
             f"{checkpoint} is not an adapter (it has no adapter_config.json): nothing to merge"
         )
-    for place, what in ((checkpoint, "adapter"), (policy.directory, "base model")):
-        if out.resolve() == Path(place).resolve():
-            raise Fault(f"{out} is the {what} itself, which would be overwritten: name another OUT")
     before = policy.fixed_outputs()
     for module in policy.modules():
         if isinstance(module, LoraLayer):
