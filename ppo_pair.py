@@ -63,7 +63,7 @@ PRESETS = {
     "warmup_epochs":          (4,        4,        4,        8,         8,         3,      3),
     # DEVIATION: with the current weights as Eq. (2)'s target (None) Flatland's two learn at
     # lambda_inv 0.5 and forget what they knew at 4 (results/README.md). 0: the target is the start.
-    # The tiny ones have only been run with the start
+    # The tiny ones' tables are with the start
     "inv_target_rate":        (None,     None,     None,     0.0,       0.0,       0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
     "device_batch_size":      (128,      160,      160,      256,       256,       256,    256),
