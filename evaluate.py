@@ -314,6 +314,8 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 
     Unlike k/n +- z sqrt(...), it stays inside [0, 1] and has a length even at 0 of n and n of n.
     """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     z = 1.96  # 95 %
     center = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))

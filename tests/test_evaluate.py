@@ -147,6 +147,12 @@ def test_wilson_inverts_the_score_test(k, n):
     assert ev.wilson(k, n) == pytest.approx((accepted.min(), accepted.max()), abs=1e-5)
 
 
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_nonsense(k, n):
+    with pytest.raises(ValueError):
+        ev.wilson(k, n)
+
+
 def rows_of(table):
     return {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]

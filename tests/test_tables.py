@@ -487,6 +487,7 @@ def test_figure_5_is_success_against_the_camera(tmp_path, kept):
     splits = ["train", *(f"camera+{n}" for n in (28, 4, 8, 12, 16, 20, 24))]
     figures.main(figures.Args("camera", arguments(study(tmp_path, splits=splits))))
     assert curves_of(kept.axes[0])["PAIR"][0] == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert [text.get_text() for text in kept.axes[0].texts] == ["OOD"]
     assert "training: up to 20" in kept.axes[0].get_xlabel()
     with pytest.raises(ev.Fault, match="evaluate train and splits of the kind camera"):
         figures.main(figures.Args("camera", arguments(study(tmp_path / "b", seeds=1))))
@@ -571,13 +572,16 @@ def test_plot_draws_what_a_run_has_logged(tmp_path, kept):
         {"iteration": i, "success": i / 10, "inv_kl": 0.5 - i / 100, "entropy": 2.0}
         for i in range(1, 11)
     ]
+    lines += [
+        {"iteration": 10, "success": 0.0, "inv_kl": 0.1, "entropy": 1.0}
+    ]  # logged again after a resume
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot.main(plot.Args((str(tmp_path / "a"),), smooth=2))
     success, kls, unrelated, entropy = kept.axes
     raw, smooth = (list(line.get_ydata()) for line in success.lines)
-    assert raw == pytest.approx([i / 10 for i in range(1, 11)])
-    assert smooth == pytest.approx([0.1, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
-    assert curves_of(kls)["inv_kl"][1][-1] == pytest.approx(0.4) and set(curves_of(kls)) == {
+    assert raw == pytest.approx([i / 10 for i in range(1, 10)] + [0])
+    assert smooth == pytest.approx([0.1, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.45])
+    assert curves_of(kls)["inv_kl"][1][-1] == 0.1 and set(curves_of(kls)) == {
         "inv_kl"
     }  # sen_kl: left out
     assert not unrelated.lines and len(entropy.lines) == 1

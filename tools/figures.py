@@ -19,7 +19,6 @@ kl           densities of KL(o, held-out tables) and KL(o, moved target) over fr
              checkpoint and, for each arm, the last in files of `tools/probe_kl.py --records`
 """
 
-import functools
 import itertools
 import json
 import re
@@ -184,6 +183,19 @@ def figure_numbered(args: Args, arms: dict[str, list[str]], kind: str):
     return figure
 
 
+def figure_distractors(args: Args, arms: dict[str, list[str]]):
+    return figure_numbered(args, arms, "clutter")
+
+
+def figure_camera(args: Args, arms: dict[str, list[str]]):
+    figure = figure_numbered(args, arms, "camera")
+    (axis,) = figure.axes
+    if (last := axis.get_xticks()[-1]) > TRAINING_CAMERAS:
+        axis.axvspan(TRAINING_CAMERAS + 2, last + 2, color="grey", alpha=0.15, lw=0)
+        axis.text(last + 1.8, 2, "OOD", ha="right", color="dimgrey")
+    return figure
+
+
 def figure_lambda(args: Args, arms: dict[str, list[str]]):
     try:
         xs = [float(name) for name in arms]
@@ -249,9 +261,9 @@ def figure_kl(args: Args, arms: dict[str, list[str]]):
 
 DRAW = {
     "iterations": figure_iterations,
-    "distractors": functools.partial(figure_numbered, kind="clutter"),
+    "distractors": figure_distractors,
     "lambda": figure_lambda,
-    "camera": functools.partial(figure_numbered, kind="camera"),
+    "camera": figure_camera,
     "kl": figure_kl,
 }
 

@@ -120,7 +120,7 @@ def check_file(file: str):
         raise Fault(f"cannot write {file}: {error.strerror}")
 
 
-def draw(file: str, rows: list, left: int):
+def draw_rows(file: str, rows: list, left: int):
     """Writes the PNG `file`: rows of (title, text, pictures, captions or None)."""
     gap, head = 4, 22
     width = left + len(rows[0][2]) * (TILE + gap)
@@ -159,12 +159,12 @@ def draw_pair(file: str, assets: str):
         "o_pre": views.composite(obs["rgb"], obs["mask"], empty)[0],
         "o_alt": obs["rgb_alt"][0],
     }
-    draw(file, [("", "", list(shown.values()), list(shown))], 0)
+    draw_rows(file, [("", "", list(shown.values()), list(shown))], 0)
 
 
 def draw_sheet(file: str, assets: str):
     check_file(file)
-    draw(file, pictures(make_env(assets, TILE)), 200)
+    draw_rows(file, pictures(make_env(assets, TILE)), 200)
 
 
 def main(args: Args):

@@ -39,20 +39,24 @@ class Args:
 
 
 def read_log(run: str) -> dict[str, tuple[list[int], list[float]]]:
-    """RUN/log.jsonl -> {key: (iterations, values)}."""
-    file, curves = Path(run) / "log.jsonl", {}
+    """RUN/log.jsonl -> {key: (iterations, values)}. A later line of an iteration counts."""
+    file, lines = Path(run) / "log.jsonl", {}
     try:
-        for record in map(json.loads, file.read_text().splitlines()):
-            for key, value in record.items():
-                xs, ys = curves.setdefault(key, ([], []))
-                xs.append(record["iteration"])
-                ys.append(value)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            lines[int(record["iteration"])] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Fault(
             f"{file} cannot be read as a run's log ({error}): name a run of ppo_pair.py"
         ) from None
-    if not curves:
+    if not lines:
         raise Fault(f"{file} is empty: let the run finish an iteration first")
+    curves = {}
+    for iteration in sorted(lines):
+        for key, value in lines[iteration].items():
+            xs, ys = curves.setdefault(key, ([], []))
+            xs.append(iteration)
+            ys.append(value)
     return curves
 
 
