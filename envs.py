@@ -88,8 +88,8 @@ CENTER, HALF_EDGE = np.array([-0.16, 0.0]), 0.075  # the training square in metr
 
 
 def lattice(low: int, high: int) -> np.ndarray:
-    """(n, 2) world xy of grid indices low..high-1 squared; indices 0..5 are the 36 training points,
-    3 cm apart."""
+    """(n, 2) xy in metres of the (high - low)^2 points whose indices are both in low ... high - 1.
+    0 ... 5 gives the 36 training points, 3 cm apart."""
     index = np.arange(low, high)
     grid = np.stack(np.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
     return CENTER + HALF_EDGE * (grid / 2.5 - 1)
@@ -98,7 +98,7 @@ def lattice(low: int, high: int) -> np.ndarray:
 GRID = lattice(0, 6)  # 36 training positions
 # 28 points on the border at 10.5 cm
 RING = lattice(-1, 7)[(np.abs(lattice(-1, 7) - CENTER) > 0.1).any(1)]
-# Where clutter goes when the training square is full, or all of that
+# Where distractors go when GRID and RING are full: WIDE, then FARTHER
 WIDE, FARTHER = lattice(-4, 10), lattice(-8, 10)
 TRAIN_YAWS = np.deg2rad([0.0, 45.0, 90.0, 135.0])
 HELD_OUT_YAWS = -np.deg2rad([22.5, 67.5, 112.5, 157.5])
@@ -145,8 +145,9 @@ def sample_episode(episode_id: int, split: str | Split, pack) -> Episode:
     """Episode number `episode_id` (0 <= id < 2**63) of `split`, among the objects, tables and
     lights of `pack`.
 
-    Each factor has a random stream of its own, so episode i has the same target, plate, table draw
-    and light draw in every split, and policies can be compared episode by episode.
+    Each factor has a random stream of its own, so episode i has the same target object, table draw
+    and light draw in every split, and the same places of target and plate in all but `pose`.
+    Policies can be compared episode by episode.
     """
     s = parse_split(split) if isinstance(split, str) else split
     stream = [np.random.default_rng([episode_id, factor]) for factor in range(8)]

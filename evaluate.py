@@ -155,9 +155,9 @@ def play_episodes(
             obs = envs.reset(padded, split, rebuild=True)
             instructions = list(envs.instructions)
             while steps < envs.max_episode_steps:
-                shown, said = ablated(obs, instructions, ablate, noise)
-                frames.append(shown["rgb"][:num_filmed].cpu().numpy().copy())
-                actions = policy.act(shown, said, temperature).actions  # (N, chunk, 7)
+                seen, read = ablated(obs, instructions, ablate, noise)
+                frames.append(seen["rgb"][:num_filmed].cpu().numpy().copy())
+                actions = policy.act(seen, read, temperature).actions  # (N, chunk, 7)
                 obs, _, done, info = envs.step(actions)
                 steps = min(steps + actions.shape[1], envs.max_episode_steps)
             frames.append(obs["rgb"][:num_filmed].cpu().numpy().copy())
@@ -446,8 +446,8 @@ class Estimate(NamedTuple):
 def bootstrap(terms: Sequence[tuple[int, np.ndarray]], row: list) -> Estimate:
     """The sum of sign * rate over arms [(sign, x (R, E, S))]: bootstrap over runs and episodes.
 
-    Runs: their mean is drawn from Student's t with the arms' pooled spread. Three runs drawn with
-    replacement would show two thirds of that spread.
+    Runs: their mean is drawn from Student's t with the arms' pooled spread, as if all had the same
+    spread. Three runs drawn with replacement would show two thirds of it.
     Episodes: redrawn with all their splits, runs and arms at once, so what is hard for every run
     cancels in a difference. Each run's own luck with an episode is in the spread of the runs too,
     so the draws are shrunk to what the runs have in common. One run per arm: episodes alone.

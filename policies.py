@@ -1,4 +1,4 @@
-"""Policies: observation + instruction -> action chunk, with exact log-probs and KL.
+"""Policies: observation + instruction -> action chunk, with log-probs and KLs.
 
     policy = load_policy("openvla-tiny")        # random weights, for sft.py to train
     policy = load_policy("openvla")             # the official 7B checkpoint, from the Hub
@@ -47,7 +47,7 @@ DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  #
 # ------------------------------------------------------------------------------------- the contract
 class Decision(NamedTuple):
     actions: torch.Tensor  # (B, chunk, 7) float32: metres, radians, gripper -1 (close) / +1 (open)
-    latent: dict[str, torch.Tensor]  # what the log-prob is taken of, batch first: see each head
+    latent: dict[str, torch.Tensor]  # what was sampled, and `logprob` is of, batch first
     logprob: torch.Tensor  # (B,) float32 SUM over action dimensions, always at temperature 1
     value: torch.Tensor  # (B,) float32
 
@@ -135,9 +135,9 @@ def join_decisions(parts: list[Decision]) -> Decision:
     return Decision(torch.cat(actions), latent, torch.cat(logprobs), torch.cat(values))
 
 
-class SlowCopy:
-    """Whose pi(.|o_pre,l) is the target of Eq. (2): `policy` is the policy itself (rate None), or a
-    copy that moves to it by `rate` after each iteration. Weights that do not train are shared."""
+class TargetPolicy:
+    """The policy whose pi(.|o_pre,l) is the target of Eq. (2). rate None: the policy itself. Else a
+    copy: w <- w + rate (policy's w - w) after each iteration. Frozen weights are shared."""
 
     def __init__(self, policy: Policy, rate: float | None):
         self.rate, self.policy, self.pairs = rate, policy, []
@@ -148,7 +148,7 @@ class SlowCopy:
             self.pairs = [(slow, p) for slow, p in both if slow is not p]
 
     @torch.no_grad()
-    def follow(self):
+    def soft_update(self):
         for slow, p in self.pairs:
             slow.lerp_(p, self.rate)
 
@@ -310,7 +310,7 @@ class TokenPolicy(OpenVLANetwork):
         return Evaluation(logits, logprob, entropy, value)
 
     def kl(self, p, q):
-        """Exact over the bins, MEAN over the 7 tokens: (B, 7, bins) x2 -> (B,)."""
+        """(B, 7, bins) x2 -> (B,): of each token given those sampled before it, MEAN over the 7."""
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean(1).clamp(min=0)  # clamp: rounding may leave -1e-8
 
@@ -322,9 +322,9 @@ class TokenPolicy(OpenVLANetwork):
 class FlowPolicy(Pi0Network):
     """N denoise steps turn noise (t = 1) into a chunk of actions (t = 0): Flow-SDE (pi_RL, RLinf).
 
-    latent: x (B, m + 1, H, D), the places x_k ... x_{k+m} that m stochastic steps led through, and
-    k (B,) long, the first of them; m is 1 or all N. dist: (B, 2, m, chunk, 7) mean and std of each
-    transition, on what the environment executes.
+    latent: x (B, m + 1, H, D), the states x_k ... x_{k+m} before, between and after m stochastic
+    steps, and k (B,) long, the first step; m is 1 or all N. dist: (B, 2, m, chunk, 7) mean and std
+    of each transition, on what the environment executes.
     """
 
     def transition(self, x, v, k, num_steps):
@@ -447,6 +447,7 @@ class FlowPolicy(Pi0Network):
         chain = self.sde(prefix, state, noise, (after >= 0) & (after < m))
         visited = k[:, None] + torch.arange(m + 1, device=self.device)  # (B, m + 1) of the chain
         latent = {"x": chain[torch.arange(b, device=self.device)[:, None], visited], "k": k}
+        # Once more, by the update's code: the ratio is 1 before the first step
         dist, value = self.distribution(prefix, state, latent)
         return Decision(self.env_action(chain[:, -1]), latent, self.logprob(dist, latent), value)
 
@@ -472,7 +473,7 @@ class FlowPolicy(Pi0Network):
         return (((p[:, 0] - q[:, 0]) / p[:, 1]) ** 2 / 2).mean((1, 2, 3))
 
     def log_groups(self, latent):
-        """By denoise step: a KL weighs a change of velocity 15 times more at the last."""
+        """By denoise step: at the last of 4 a KL weighs a change of velocity 15 times more."""
         if self.config["sde_steps"] == "all":
             return {}
         return {f"k{k}": latent["k"] == k for k in range(self.num_steps)}
@@ -509,13 +510,13 @@ class PolicyArgs:
     base: str | None = None
     """where an adapter's base model is, a directory or on the Hub (default: where it says)"""
     lora_rank: int = 0
-    """rank of the LoRA adapters; 0 trains every weight ("LoRA", A.2; 32 is both ancestors', the
-    paper's is lost)"""
+    """rank of the LoRA adapters; 0 trains every weight ("LoRA", A.2; 32 is RL4VLA's and
+    RLinf's, the paper's is lost)"""
     lora_alpha: int | None = None
     """the adapters' scale is alpha / rank (default: the rank, as RLinf; RL4VLA has 16)"""
     lora_targets: tuple[str, ...] | None = None
     """names of the layers that get an adapter, several words or a comma list (default: all-linear,
-    the ancestors' list; of pi0 the VLM's)"""
+    RL4VLA's and RLinf's lists; of pi0 the VLM's)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, half as much again to compute"""
     horizon: int | None = None

@@ -25,11 +25,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-import envs as sim
 import evaluate
 import policies
 import runtime
 import views
+from envs import choose_sim, make_envs, parse_split
 
 # ------------------------------------------------------------------------------------------ presets
 # Table 3 of the paper, and what it leaves open. A row per flag, a column per backbone.
@@ -61,9 +61,9 @@ PRESETS = {
     "assets":                 ("rl4vla", "rl4vla", "rl4vla", "builtin", "builtin", "flat", "flat"),
     "critic_warmup":          (0,        0,        0,        1,         1,         2,      2),
     "warmup_epochs":          (4,        4,        4,        8,         8,         3,      3),
-    # DEVIATION: with the current weights as Eq. (2)'s target (None) Flatland's two learn at
-    # lambda_inv 0.5 and forget what they knew at 4 (results/README.md). 0: the target is the start.
-    # The tiny ones' tables are with the start
+    # DEVIATION: 0 takes the target of Eq. (2) from the warm start. With the current weights (None),
+    # as published, both Flatland backbones learn at lambda_inv 0.5 and forget the task at 4
+    # (results/README.md)
     "inv_target_rate":        (None,     None,     None,     0.0,       0.0,       0.0,    0.0),
     "anneal_lr":              (False,    False,    False,    True,      True,      True,   True),
     "device_batch_size":      (128,      160,      160,      256,       256,       256,    256),
@@ -97,8 +97,8 @@ class Args:
     eval_episodes: int = 64
     """episodes per split in the table at the end; 0: no table"""
     temperature_eval: float = 0.6
-    """sampling temperature of action tokens in that table, as both ancestors have it. pi0, pi05: 0
-    denoises zeros, any other number noise"""
+    """sampling temperature of action tokens in that table, as RL4VLA and RLinf have it. pi0,
+    pi05: 0 denoises zeros, any other number noise"""
     policy: policies.PolicyArgs
 
     # the world
@@ -157,9 +157,9 @@ class Args:
     target_kl: float = 0.0
     """end an iteration's update before a step whose approx KL(old || new) is above it; 0: never"""
     critic_warmup: int
-    """first iterations, in which only the value head learns"""
+    """number of first iterations in which only the value head learns"""
     warmup_epochs: int
-    """passes over each rollout in those iterations: a critic alone can be fitted without fear"""
+    """passes over each rollout in those iterations"""
     detach_value: bool
     """the value loss trains the value head alone, not the backbone that it reads"""
 
@@ -223,6 +223,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
     batch, of B = T * N decisions in N environments: obs (dict of (B, ...)), instructions (B str),
     latents (dict of (B, ...)), logprobs, values, advantages, returns (B,). Advantages are
     normalised over all ranks, and stats are theirs, too. episode_ids: an iterator over fresh ids.
+    rebuild: make the scenes anew. backgrounds (K, H, W, 3) uint8: of --augment.
     """
     obs, instructions, decisions, rewards, dones, successes = [], [], [], [], [], []
     view_seconds = envs.view_seconds
@@ -251,9 +252,9 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
     rewards, dones = torch.stack(rewards), torch.stack(dones)  # (T, N)
     decision = policies.join_decisions(decisions)
     values = decision.value.view_as(rewards)
-    padded = torch.cat([values, values[:1]])  # (T + 1, N): the last row is never used
+    padded = F.pad(values, (0, 0, 0, 1))  # (T + 1, N): episodes end, nothing follows the last step
     advantages, returns = gae(rewards, padded, dones, args.gamma, args.gae_lambda)
-    mean, std, count = runtime.moments(advantages)  # returns - values: the critic's errors
+    mean, std, count = runtime.moments(advantages)
     _, returns_std, _ = runtime.moments(returns)
     mean_reward, _, _ = runtime.moments(rewards)
     success, _, episodes = runtime.moments(torch.stack(successes)[dones])
@@ -263,12 +264,13 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
         latents=decision.latent,
         logprobs=decision.logprob,
         values=decision.value,
-        advantages=((advantages - mean) / (std + 1e-5)).flatten(),
+        advantages=((advantages - mean) / (std + 1e-5)).flatten(),  # CleanRL: in each minibatch
         returns=returns.flatten(),
     )
     stats = dict(
         success=success,
         reward=mean_reward * count / episodes,  # per episode
+        # advantages are returns - values: their variance is what the critic leaves unexplained
         explained_variance=1 - (std / returns_std) ** 2 if returns_std > 1e-6 else float("nan"),
         view_seconds=envs.view_seconds - view_seconds,
     )
@@ -276,7 +278,7 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
 
 
 def gae(rewards, values, dones, gamma, gae_lambda):
-    """Advantages and returns (T, N) by generalized advantage estimation.
+    """Advantages and returns (T, N) by generalized advantage estimation (Schulman et al. 2016).
 
     rewards, dones (T, N): of step t, and whether the episode ended with it. values (T + 1, N).
     """
@@ -299,7 +301,7 @@ def update(
     target: the policy that gives pi(.|o_pre,l) in Eq. (2); None: `policy`. warming: only the value
     head learns. generator: of the order of the samples, the same on all ranks.
     """
-    device, target, means = batch["logprobs"].device, target or policy, runtime.Means()
+    target, means = target or policy, runtime.Means()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in optimizer.param_groups[0]["params"]:  # the policy's; the other group is the value head
         p.requires_grad_(not warming)
@@ -307,13 +309,10 @@ def update(
     epochs = args.warmup_epochs if warming else args.update_epochs
     for mb_inds, mb_size in runtime.minibatches(batch, epochs, args, generator):
         for inds in mb_inds.split(args.device_batch_size):
-            instructions, inds = [batch["instructions"][i] for i in inds.tolist()], inds.to(device)
-            obs, latent = (
-                {k: v[inds] for k, v in batch[name].items()} for name in ("obs", "latents")
-            )
-            oldlogprob, oldvalue, advantages, returns = (
-                batch[name][inds] for name in ("logprobs", "values", "advantages", "returns")
-            )
+            mb = runtime.rows(batch, inds)
+            obs, instructions, latent = mb["obs"], mb["instructions"], mb["latents"]
+            oldlogprob, oldvalue = mb["logprobs"], mb["values"]
+            advantages, returns = mb["advantages"], mb["returns"]
             new = policy.evaluate_actions(obs, instructions, latent)
             inv_kl = sen_kl = torch.zeros_like(new.logprob)
 
@@ -323,12 +322,15 @@ def update(
             assert ratio.shape == advantages.shape == new.value.shape == returns.shape
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = -torch.min(ratio * advantages, clipped * advantages)
-            near = oldvalue + (new.value - oldvalue).clamp(-args.value_clip, args.value_clip)
+            v_clipped = oldvalue + (new.value - oldvalue).clamp(-args.value_clip, args.value_clip)
             v_loss = torch.max(
                 F.huber_loss(new.value, returns, reduction="none", delta=args.huber_delta),
-                F.huber_loss(near, returns, reduction="none", delta=args.huber_delta),
+                F.huber_loss(v_clipped, returns, reduction="none", delta=args.huber_delta),
             )
-            ppo_loss = v_loss if warming else pg_loss - args.ent_coef * new.entropy + v_loss
+            ppo_loss = pg_loss - args.ent_coef * new.entropy + v_loss
+
+            # Both KLs are at the rollout's latent: of each token given the sampled ones before it,
+            # or of x_{k+1} given the sampled x_k
 
             # Eq. (2)  L_inv = E[ KL( pi(.|o,l) || sg pi(.|o_pre,l) ) ]
             if inv_coef:
@@ -346,7 +348,7 @@ def update(
                 sen_kl = policy.kl(here, alt.dist)  # (B,)
             sen_loss = -sen_kl.clamp(max=args.sen_clip)
 
-            # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
+            # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen. E: over the whole minibatch
             loss = ppo_loss + inv_coef * inv_kl + sen_coef * sen_loss
             (loss.sum() / mb_size).backward()
 
@@ -356,7 +358,10 @@ def update(
             stats |= dict(inv_kl=inv_kl) if inv_coef else {}
             stats |= dict(sen_kl=sen_kl, sen_clipped=sen_kl >= args.sen_clip) if sen_coef else {}
             means.add(stats, policy.log_groups(latent))
-        if means.all_reduce(parameters):  # and the gradients; True: a rank was told to stop
+            if runtime.stop_requested():
+                break
+        stop = means.all_reduce(parameters)  # sums statistics and gradients over the ranks
+        if stop:
             return None
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         runtime.check_step(policy, parameters, means, grad_norm, batch, mb_inds, args.run_dir)
@@ -384,8 +389,8 @@ def train(args: Args) -> tuple[Args, Path | None]:
     # ---------------------------------------------------------------- set up
     runtime.check_ranges(args, RANGES, policies.RANGES)
     runtime.check_flags(args)
-    sim.parse_split(train_split(args))
-    args.sim = sim.choose_sim(args.sim)
+    parse_split(train_split(args))  # a Fault where --camera-range or --camera-step is wrong
+    args.sim = choose_sim(args.sim)
     device = runtime.own_device(args.cuda)
     if runtime.RANK == 0:  # the others wait for what it prepares
         args.checkpoint = args.checkpoint or policies.default_checkpoint(args.backbone)
@@ -396,19 +401,22 @@ def train(args: Args) -> tuple[Args, Path | None]:
 
     # ---------------------------------------------------------------- policy and optimizer
     runtime.seed_all(args.seed)
-    resumed = runtime.newest_checkpoint(Path(args.run_dir)) if args.resume else None
+    resumed = None
+    if args.resume and runtime.RANK == 0:
+        resumed = runtime.newest_checkpoint(Path(args.run_dir))
+    resumed = runtime.from_rank_0(resumed)
     saved = resumed or args.checkpoint
     options = vars(args.policy) | dict(device=device, training=True)
     policy = policies.load_policy(args.backbone, saved, **options)
     policy.detach_value = args.detach_value
     optimizer = make_optimizer(args, policy)
     runtime.start_alike(optimizer)
-    target = policies.SlowCopy(policy, args.inv_target_rate)
+    target = policies.TargetPolicy(policy, args.inv_target_rate)
     order = torch.Generator()  # of the samples in an update: the same on all ranks
     state = runtime.RunState(args, policy, optimizer, target, resumed)
 
     # ---------------------------------------------------------------- environments
-    envs = sim.make_envs(
+    envs = make_envs(
         len(own),
         args.assets,
         sim=args.sim,
@@ -432,24 +440,24 @@ def train(args: Args) -> tuple[Args, Path | None]:
             runtime.seed_all(args.seed, iteration, runtime.RANK)
             order.manual_seed(args.seed * 1_000_000 + iteration)
             warming = iteration <= args.critic_warmup
-            fraction = 1 - (iteration - 1) / args.iterations if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
-            optimizer.param_groups[1]["lr"] = fraction * args.value_learning_rate
+            frac = 1 - (iteration - 1) / args.iterations if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+            optimizer.param_groups[1]["lr"] = frac * args.value_learning_rate
 
             ids = runtime.train_ids(args, iteration, rounds)
-            # Contacts that a simulator remembers would make a resumed run differ, by 1e-8 at first
+            # After each checkpoint, or a resumed run would differ: the simulator remembers contacts
             rebuild = (iteration - 1) % args.save_every == 0
             batch, stats = rollout(args, policy, envs, ids, device, rebuild, backgrounds)
             if batch is None:
                 break
-            t1, before = time.time(), state.snapshot()
+            before, t1 = state.snapshot(), time.time()
             losses = update(
                 args, policy, optimizer, batch, backgrounds, target.policy, warming, order
             )
             if losses is None:  # cut short: as if it had not begun
                 state.restore(before)
                 break
-            target.follow()
+            target.soft_update()
             runtime.check_weights(policy)
 
             t2, decisions = time.time(), len(batch["logprobs"]) * args.num_envs / len(own)
@@ -473,9 +481,8 @@ def main(args: Args):
     args, checkpoint = train(args)  # policy and optimizer are gone: the table loads its own
     if checkpoint and args.eval_episodes:
         table = evaluate.Args(checkpoint=str(checkpoint), policy=args.policy, sim=args.sim)
-        table.num_episodes, table.num_envs = args.eval_episodes, args.num_envs // runtime.WORLD
-        table.num_envs = min(table.num_envs, args.device_batch_size)
-        table.temperature, table.cuda = args.temperature_eval, args.cuda
+        table.num_episodes, table.cuda = args.eval_episodes, args.cuda
+        table.temperature = args.temperature_eval
         evaluate.main(table)
     runtime.leave_ranks()
 

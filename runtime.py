@@ -101,7 +101,9 @@ def parse(cls, preset, replaced=(), command=None, defaults=None):
     for text in command:
         flag, *value = text.split("=", 1)
         given += [flag.replace("_", "-"), *value] if text.startswith("--") else [text]
-    for flag in given:
+    for before, flag in zip(["", *given], given):
+        if not flag:  # or a new run would begin where a script says --resume "$RUN"
+            raise Fault(f"nothing follows {before}: is a variable of your script empty?")
         if flag in replaced:
             raise Fault(f"{flag} is gone: {replaced[flag]}")
     named = [after for word, after in zip(given, given[1:]) if word == "--backbone"]
@@ -194,9 +196,10 @@ def own_device(cuda: bool) -> torch.device:
     """This rank's GPU, or the CPU where there is none or `cuda` is off."""
     if not (cuda and torch.cuda.is_available()):
         return torch.device("cpu")
-    torch.cuda.set_device(LOCAL_RANK)
+    number = LOCAL_RANK % torch.cuda.device_count()  # a launcher may show each rank one GPU only
+    torch.cuda.set_device(number)
     torch.backends.cudnn.allow_tf32 = False  # torch has it on for convolutions, off for the rest
-    return torch.device("cuda", LOCAL_RANK)
+    return torch.device("cuda", number)
 
 
 def own_cores() -> int:
@@ -206,7 +209,7 @@ def own_cores() -> int:
 
 
 def start_alike(optimizer):
-    """Every rank gets rank 0's weights. Random ones are equal without only on equal hardware."""
+    """Every rank gets rank 0's weights: random ones differ between kinds of hardware."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             collective(dist.broadcast, p.data, 0)
@@ -386,6 +389,8 @@ def locked(directory: Path, what: str, flag: str):
             raise Fault(
                 f"another {what} is writing to {directory}: wait for it, or name another {flag}"
             ) from None
+        except OSError:
+            pass  # a file system without locks, as Lustre is by default
         yield
 
 
@@ -477,7 +482,7 @@ class RunState:
         self.best, self.sight = (-1.0, 0), None
         if resumed:
             file = resumed / "trainer.pt"
-            saved = torch.load(file, map_location=policy.device, weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
             for name in self.NAMES:
                 setattr(self, name, saved[name])
             optimizer.load_state_dict(saved["optimizer"])
@@ -505,9 +510,11 @@ class RunState:
         """What one update changes, on the CPU: an update that SIGTERM cuts short is undone."""
         if RANK > 0:  # rank 0 saves
             return None
-        weights = [p.detach().cpu().clone() for p in self.parameters()]
+        weights = [p.detach().to("cpu", copy=True) for p in self.parameters()]
         saved = self.optimizer.state_dict()
-        state = {i: {k: v.cpu().clone() for k, v in s.items()} for i, s in saved["state"].items()}
+        state = {
+            i: {k: v.to("cpu", copy=True) for k, v in s.items()} for i, s in saved["state"].items()
+        }
         return weights, saved | dict(state=state)
 
     @torch.no_grad()
@@ -581,6 +588,18 @@ def minibatches(batch, epochs: int, args, generator):
             yield inds[start:stop][is_own[start:stop]], stop - start
 
 
+def rows(batch: dict, inds: torch.Tensor) -> dict:
+    """The decisions `inds` (on the CPU) of a rollout's batch, its nested dicts and lists too."""
+    there = inds.to(batch["logprobs"].device)
+
+    def picked(x):
+        if isinstance(x, dict):
+            return {name: picked(part) for name, part in x.items()}
+        return [x[i] for i in inds.tolist()] if isinstance(x, list) else x[there]
+
+    return picked(batch)
+
+
 class Means:
     """Means of statistics over the samples of all ranks: of one step (`step`), and of an update."""
 
@@ -606,7 +625,7 @@ class Means:
             for part, total in zip(parts, flat.split([part.numel() for part in parts])):
                 part.copy_(total.view_as(part))
         self.step = dict(zip(self.names, self.now[0] / self.now[1]))
-        self.totals, self.finite, self.now = self.totals + self.now, self.now.sum(), 0.0
+        self.totals, self.checksum, self.now = self.totals + self.now, self.now.sum(), 0.0
         return stop.item() > 0
 
     def result(self) -> dict:
@@ -622,13 +641,13 @@ MAX_RATIO_DEV, MAX_RATIO_DEV_BF16 = 0.01, 0.1  # bfloat16 rounds to 0.03 in 32 l
 
 
 def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_dir):
-    """Before a step: is everything finite? Before the first: do both agree, is all taught?"""
-    if not torch.isfinite(grad_norm + means.finite):  # every rank sees it: a sum with a nan is one
+    """Before a step: a Fault unless all is finite. Before the first: unless act and
+    evaluate_actions agree, and everything that is to be trained has a gradient."""
+    if not torch.isfinite(grad_norm + means.checksum):  # every rank sees it: sums of all ranks
         file = Path(run_dir) / f"nonfinite_rank{RANK}.pt"
-        inds = mb_inds.to(batch["logprobs"].device)
-        minibatch = {k: v[inds].cpu() for k, v in (batch["obs"] | batch["latents"]).items()}
-        minibatch["instructions"] = [batch["instructions"][i] for i in mb_inds.tolist()]
-        torch.save(minibatch, file)
+        mb = rows(batch, mb_inds)
+        minibatch = {k: v.cpu() for k, v in (mb["obs"] | mb["latents"]).items()}
+        torch.save(minibatch | dict(instructions=mb["instructions"]), file)
         raise Fault(
             "a loss, log-prob or gradient is not finite: stopped before the step, every "
             f"checkpoint is from before; the minibatch is in {file}"
@@ -675,7 +694,7 @@ class Sight:
         n = min(len(instructions), *map(len, state.sight.values()))  # another number of ranks
         self.obs = {k: v[:n].to(policy.device) for k, v in obs.items()}
         self.instructions = instructions[:n]
-        self.latent = {k: v[:n] for k, v in state.sight.items()}
+        self.latent = {k: v[:n].to(policy.device) for k, v in state.sight.items()}
         views = {
             "a black and a white image": [torch.full_like(self.obs["rgb"], v) for v in (0, 255)]
         }
@@ -708,7 +727,8 @@ LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at lea
 
 
 def check_collapse(state: RunState, warmup: int):
-    """Stop a run that destroys its policy. No healthy run in results/ trips the thresholds."""
+    """Stop a run that destroys its policy (not in the paper). No run of PPO, +inv, +sen or PAIR in
+    results/ trips the thresholds."""
     start, *unrelated = state.unrelated_kl
     success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:

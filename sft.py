@@ -96,7 +96,7 @@ def preset(backbone: str = "pi05-tiny", **changes) -> Args:
 
 
 def go_astray(env, xy, steps: int) -> None:
-    """The hand fetches nothing from `xy` (metres) and carries it to the plate, for `steps` steps.
+    """The hand goes to `xy` (metres), closes on nothing and goes on to the plate: `steps` steps.
 
     A policy that takes the wrong object has the hand there, and what it would do at o_pre, where
     that object is gone, is what Eq. (2) teaches. So the demonstrations have to begin there, too.
@@ -192,7 +192,7 @@ def collect_flat(
     return episodes
 
 
-def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
+def frames_of(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
     """Episodes of `collect` -> N frames: rgb, classes, action, where as there; object_ids (N, 5)
     padded with -1, object_xyz (N, 5, 3), chunk (N, horizon, 7): the actions from this frame on, the
     episode's last one repeated."""
@@ -215,15 +215,13 @@ def flatten(episodes: list[dict], horizon: int) -> dict[str, torch.Tensor]:
 
 
 def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
-    """Cross-entropy of what lies in every fourth pixel, read linearly from the towers' patch
-    features (B, n, D)."""
-    side = int(features.shape[1] ** 0.5)
-    cells = classes.shape[1] // side  # labels along one side of a patch
-    logits = head(features).view(len(features), side, side, 28, cells, cells)
-    logits = logits.permute(0, 3, 1, 4, 2, 5).reshape(len(features), 28, *classes.shape[1:])
+    """Cross-entropy of the labels `classes` (B, H, W), read linearly from the towers' patches
+    (B, n, D)."""
+    labels = tiles(classes, features.shape[1])  # (B, n, labels of a patch)
+    logits = head(features).unflatten(-1, (28, -1)).movedim(2, 1)  # (B, 28, n, labels of a patch)
     weight = torch.ones(28, device=logits.device)
     weight[0] = 0.2  # most pixels are table
-    return F.cross_entropy(logits, classes.long(), weight)
+    return F.cross_entropy(logits, labels.long(), weight)
 
 
 def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
@@ -299,7 +297,7 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
 
 
 def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
-    """Both stages on frames of `flatten` -> policy, report (held-out behaviour-cloning loss and
+    """Both stages on frames of `frames_of` -> policy, report (held-out behaviour-cloning loss and
     error of its argmax)."""
     torch.manual_seed(args.seed)
     policy = policies.load_policy(args.backbone)
@@ -338,7 +336,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         return policy.sft_loss(batch, tasks(batch), policy.to_unit(batch["chunk"]), **options)
 
     def seeing(batch):
-        """Of the features of the pass before."""
+        """Losses on the features of the last forward pass."""
         classes = batch["classes"]
         alignment = alignment_loss(policy, features[-1], classes, pack.names, scale)
         segmentation = segmentation_loss(torch.cat(features[:-1], -1), classes, head)
@@ -425,7 +423,7 @@ def main(args: Args):
         held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)
     demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
     policy, report = warm_up(
-        args, *(flatten(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
+        args, *(frames_of(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
     )
     print(json.dumps(report))
     with whole_directory(out) as partial:

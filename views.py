@@ -3,8 +3,9 @@
 o_pre  task-preserving: another table, no distractors, the same robot, target and plate     Eq. (2)
 o_alt  task-altering:   the same instant with the target elsewhere                          Eq. (3)
 
-A composite, Eq. (5), is made of pictures that are there. The environments draw the other views:
-functions (env of N scenes, N generators) -> N pictures.
+A composite, Eq. (5), is made of pictures that are there. ManiSkill's environments call the other
+functions, to draw: (env of N scenes, N numpy generators) -> (N, H, W, 3) uint8. Flatland draws its
+own (scenes/flat.py).
 """
 
 import numpy as np
@@ -24,8 +25,8 @@ def task_preserving(obs: dict, backgrounds: torch.Tensor | None) -> torch.Tensor
 def composite(rgb: torch.Tensor, mask: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
     """rgb (B, H, W, 3), mask (B, H, W) bool, backgrounds (K, H, W, 3) -> (B, H, W, 3) uint8.
 
-    All on one device. Where a distractor stood in front of the target, the composite shows the
-    table through it: that is what Eq. (5) does.
+    All on one device. Where a distractor hides the target, the composite shows the background:
+    Eq. (5) has no other pixels.
     """
     k = torch.randint(len(backgrounds), (len(rgb),))  # on the CPU: the same for any device
     # Eq. (5)  o_pre = M * o + (1 - M) * b,   b ~ Uniform(background snapshots)

@@ -22,7 +22,7 @@ import sapien
 import torch
 from mani_skill.utils.structs import Pose
 
-from runtime import LOCAL_RANK
+from runtime import own_device
 from scenes.task import TABLE_Z, PutOnPlate, moved, resized, resized_mask
 from scenes.workers import VecEnv
 
@@ -41,7 +41,7 @@ class PutOnPlates(PutOnPlate):
     parking_x = 4.0  # out of every camera's sight, because nothing can be hidden
 
     def backends(self) -> dict:
-        gpu = f"cuda:{LOCAL_RANK}"
+        gpu = own_device(cuda=True)
         return dict(sim_backend=f"physx_{gpu}", render_backend=f"sapien_{gpu}")
 
     def _load_lighting(self, options):
@@ -73,6 +73,9 @@ class PutOnPlates(PutOnPlate):
             "segmentation_id_map",
         ):
             self.__dict__.pop(name, None)
+        # SAPIEN's renderer goes with its last system, and NVIDIA's driver starts few in a process
+        if not hasattr(self, "renderer"):
+            self.renderer = sapien.render.RenderSystem(self._render_device)
         super()._clear()
 
     # ------------------------------------------------------------------------------------ episode

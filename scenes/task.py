@@ -101,7 +101,7 @@ def moved(pose: sapien.Pose, dx: float, dy: float, yaw: float) -> sapien.Pose:
 
 
 def resized(pictures: torch.Tensor, shape, resize: str) -> torch.Tensor:
-    """What a camera shows, (N, H, W, C) uint8, in fewer pixels, as a backbone's ancestors do it.
+    """What a camera shows, (N, H, W, C) uint8, in fewer pixels, as RL4VLA and RLinf do it.
 
     "squash": into a square (RL4VLA, and RLinf's OpenVLA). "keep": the aspect ratio (openpi, and
     RLinf's pi0, which adds black rows).

@@ -65,6 +65,9 @@ def serve(number: int, conn_fd: int):
     """Worker process `number`: calls (function, arguments) on its scenes until the pipe closes. An
     answer that is a Fault ends the run."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the main process ends this one, and saves first
+    # ManiSkill's reset keeps the random state of every GPU, and would start CUDA in each worker
+    torch.cuda.device_count = lambda: 0
     conn, scenes = Connection(conn_fd), []
     try:
         if render_backend() == "sapien_cpu":

@@ -743,7 +743,10 @@ def test_a_killed_worker_ends_the_run(start):
 
 
 def test_a_worker_killed_between_steps():
+    """SIGTERM to every process of a job is the main process's to answer: it saves first."""
     vec = envs.make_envs(1, num_workers=1)
+    vec._workers[0][0].terminate()
+    vec.reset([0])
     vec._workers[0][0].kill()
     vec._workers[0][0].wait()
     with pytest.raises(Fault, match="killed by SIGKILL"):

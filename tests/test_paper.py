@@ -216,7 +216,8 @@ def test_every_command_is_understood(page, monkeypatch, capsys):
 @guides
 def test_every_flag_exists(page):
     """Also where no command is given: as a field of some command line, under that very name."""
-    theirs = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "logdir"}
+    theirs = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "logdir",
+              "shutdown-timeout"}  # fmt: skip
     fields = re.compile(r"^\+?    (\w+): ", re.M)
     text = page.read_text()
     known = {name for path in CODE for name in fields.findall(path.read_text())}

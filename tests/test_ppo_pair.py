@@ -271,7 +271,7 @@ def test_the_pair_losses_are_the_plain_formula(sen_grad, backbone, float64):
 def test_the_target_of_eq_2_may_be_another_policy(float64):
     """A copy that stays where the policy was: KL 0 to it at first, and no gradient that moves the two to each other."""
     args, policy = toy_args(inv_coef=1.0, update_epochs=1), toy_policy_with_seed()
-    batch, slow = toy_rollout(args, policy), policies.SlowCopy(policy, 0.25)
+    batch, slow = toy_rollout(args, policy), policies.TargetPolicy(policy, 0.25)
     start = {k: v.clone() for k, v in policy.state_dict().items()}
     seen = []
     slow.policy.evaluate_actions = lambda *inputs, original=slow.policy.evaluate_actions: (
@@ -279,7 +279,7 @@ def test_the_target_of_eq_2_may_be_another_policy(float64):
     )
     ppo_pair.update(args, policy, sgd(policy, 0.1), batch, gray(1), target=slow.policy)
     assert seen and all(torch.equal(v, start[k]) for k, v in slow.policy.state_dict().items())
-    slow.follow()
+    slow.soft_update()
     for k, v in slow.policy.state_dict().items():
         torch.testing.assert_close(v, 0.75 * start[k] + 0.25 * policy.state_dict()[k])
 
@@ -316,6 +316,20 @@ def test_the_critic_warm_up_moves_the_value_head_alone():
     assert not torch.equal(
         policy.state_dict()["projector.fc1.weight"], before["projector.fc1.weight"]
     )
+
+
+def test_sigterm_does_not_wait_for_the_rest_of_a_step(monkeypatch):
+    """A step of a 7B policy takes longer than a scheduler waits."""
+    args, policy = toy_args(batch_size=32, device_batch_size=8), toy_policy_with_seed()
+    batch, passes = toy_rollout(args, policy), []
+    monkeypatch.setattr(runtime, "terminated", [True])
+    monkeypatch.setattr(
+        policy,
+        "evaluate_actions",
+        lambda *a, f=policy.evaluate_actions: (passes.append(1), f(*a))[1],
+    )
+    assert ppo_pair.update(args, policy, sgd(policy, 0.1), batch) is None
+    assert len(passes) == 1
 
 
 def test_target_kl_ends_the_update_before_the_step_that_is_over_it():

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -166,6 +168,13 @@ def test_two_evaluations_never_write_to_one_folder(tmp_path):
                 pass
 
 
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
+    """Lustre's answer to flock, unless it is mounted so."""
+    monkeypatch.setattr(runtime.fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "flock")))
+    with runtime.locked(tmp_path, "run", "--run-dir"):
+        pass
+
+
 def test_a_folder_that_is_a_checkpoint_is_no_run(tmp_path):
     """Its args.json was overwritten, and the checkpoint damaged."""
     (tmp_path / "trainer.pt").write_text("")
@@ -215,6 +224,12 @@ def test_a_damaged_later_checkpoint_does_not_drop_the_one_just_saved(tmp_path):
 def test_resume_of_a_checkpoint_names_its_run(tmp_path):
     with pytest.raises(runtime.Fault, match=f"--resume {tmp_path / 'run'}$"):
         ppo_pair.parse(["--resume", str(tmp_path / "run/checkpoint-000003")])
+
+
+@pytest.mark.parametrize("command", [["--resume", ""], ["--resume="], ["--checkpoint", ""]])
+def test_an_empty_variable_of_a_script_starts_no_other_run(command):
+    with pytest.raises(runtime.Fault, match=f"nothing follows {command[0].strip('=')}:"):
+        ppo_pair.parse(command)
 
 
 @pytest.mark.parametrize(

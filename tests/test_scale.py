@@ -71,7 +71,7 @@ def fork(function, log):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        envs.make_envs = evaluate.make_envs = make_envs
+        ppo_pair.make_envs = evaluate.make_envs = make_envs
         function()
         code = 0
     except SystemExit as stop:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import envs
 import policies
 import ppo_pair
 import runtime
@@ -136,5 +135,5 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, **others):
 
 
 if __name__ == "__main__":
-    envs.make_envs = make_envs
+    ppo_pair.make_envs = make_envs
     runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))

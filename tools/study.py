@@ -88,7 +88,7 @@ def play(args: Args, arm: str, seed: int) -> dict:
     table = ["evaluate.py", "--checkpoint", str(run), "--num-episodes", str(args.episodes)]
     table += ["--num-envs", str(chosen.num_envs), "--splits", *args.splits]
     run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.with_suffix(".txt")
+    log = Path(f"{run}.txt")
 
     def python(*command):
         with open(log, "a") as out:
