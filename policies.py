@@ -38,7 +38,7 @@ from backbones.lora import load_adapter
 from backbones.openvla import KVCache, OpenVLANetwork
 from backbones.pi0 import Pi0Network
 from backbones.statistics import columns, read_norm_stats
-from backbones.tokenizers import read_tokenizer
+from backbones.tokenizers import check_tokenizer, read_tokenizer
 from runtime import Fault, check_empty, check_ranges, command_line, flag_of, writing_to
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of the backbone
@@ -614,6 +614,8 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
     tokenizer, tokenizer_file = read_tokenizer(
         policy_class.tokenizer_class, args.tokenizer, config, [adapter, directory]
     )
+    if training:  # else it would be found after the weights
+        check_tokenizer(tokenizer, policy_class.tokenizer_class, name)
     if commit:
         download(name, commit, WEIGHTS)
     policy = load_weights(policy_class, config, directory, dtype, device)

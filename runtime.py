@@ -195,6 +195,8 @@ def from_rank_0(value):
 def own_device(cuda: bool) -> torch.device:
     """This rank's GPU, or the CPU where there is none or `cuda` is off."""
     if not (cuda and torch.cuda.is_available()):
+        if cuda and torch.version.cuda:
+            print("this PyTorch is built for CUDA but sees no GPU: on the CPU", file=sys.stderr)
         return torch.device("cpu")
     number = LOCAL_RANK % torch.cuda.device_count()  # a launcher may show each rank one GPU only
     torch.cuda.set_device(number)

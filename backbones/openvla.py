@@ -24,7 +24,13 @@ from backbones.layers import (
     patch_embedding,
 )
 from backbones.lora import add_lora
-from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, LlamaTokenizer
+from backbones.tokenizers import (
+    FLAT_VOCAB,
+    WORD_PROMPT,
+    WORD_VOCAB,
+    LlamaTokenizer,
+    check_tokenizer,
+)
 from runtime import Fault, one_line, read_json
 
 # Its last space is Llama's token 29871
@@ -353,10 +359,7 @@ class OpenVLANetwork(nn.Module):
 
         The patches go right behind BOS, so that it has to be first in every row.
         """
-        if self.tokenizer is None:
-            raise Fault(
-                f"{self.name} has no tokenizer.json, so it cannot read instructions; add that file"
-            )
+        check_tokenizer(self.tokenizer, self.tokenizer_class, self.name)
         prompt = prompt or self.config.get("_prompt", PROMPT)
         rows = [self.tokenizer(prompt.format(instruction=text.lower())) for text in instructions]
         length, pad = max(map(len, rows)), self.config.get("pad_token_id") or 0  # nobody sees them

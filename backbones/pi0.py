@@ -28,7 +28,13 @@ from backbones.layers import (
 )
 from backbones.lora import add_lora
 from backbones.statistics import columns
-from backbones.tokenizers import FLAT_VOCAB, WORD_PROMPT, WORD_VOCAB, PaliGemmaTokenizer
+from backbones.tokenizers import (
+    FLAT_VOCAB,
+    WORD_PROMPT,
+    WORD_VOCAB,
+    PaliGemmaTokenizer,
+    check_tokenizer,
+)
 from runtime import Fault, read_json
 
 PI = {  # of the official models; a checkpoint's config.json may say otherwise
@@ -382,12 +388,7 @@ class Pi0Network(nn.Module):
         state (B, S) normalised: pi0.5 with discrete_state_input reads it in its prompt, in 256
         bins. prompt: another format than the checkpoint's, with {instruction} in it.
         """
-        if self.tokenizer is None:
-            raise Fault(
-                f"{self.name} has no tokenizer.json, so it cannot read instructions: put "
-                "PaliGemma's there (from google/paligemma-3b-pt-224, whose licence has to be "
-                "accepted first), or name it with --tokenizer FILE"
-            )
+        check_tokenizer(self.tokenizer, self.tokenizer_class, self.name)
         rows, limit = [], self.config["max_token_len"]
         for i, instruction in enumerate(instructions):
             pieces = self.prompt_pieces(instruction, None if state is None else state[i], prompt)

@@ -50,6 +50,8 @@ def open_tokenizer(file):
 class LlamaTokenizer:
     """Llama 2's, for OpenVLA."""
 
+    source = "Llama 2's"
+
     def __init__(self, file):
         self.tokenizer = open_tokenizer(file)
 
@@ -65,6 +67,8 @@ class LlamaTokenizer:
 class PaliGemmaTokenizer:
     """PaliGemma's, for pi0; BOS (2) goes before the text."""
 
+    source = "PaliGemma's (of google/paligemma-3b-pt-224, whose licence has to be accepted first)"
+
     def __init__(self, file):
         self.tokenizer = open_tokenizer(file)
         if self("\n") != [2, 108]:
@@ -75,6 +79,14 @@ class PaliGemmaTokenizer:
 
     def __call__(self, text):
         return [2, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def check_tokenizer(tokenizer, tokenizer_class, name):
+    if tokenizer is None:
+        raise Fault(
+            f"{name} has no tokenizer.json, so it cannot read instructions: put "
+            f"{tokenizer_class.source} there, or name it with --tokenizer FILE"
+        )
 
 
 def read_tokenizer(tokenizer_class, file, config, folders):

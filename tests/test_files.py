@@ -433,3 +433,10 @@ def test_flags_are_load_policys_keywords(saved):
     assert sum(".lora_A" in key for key, _ in policy.named_parameters()) == 2 * 3
     flow = load_policy("pi05-tiny", **vars(policies.PolicyArgs(replan=3, noise_level=0.25)))
     assert (flow.chunk, flow.noise_level) == (3, 0.25)
+
+
+def test_training_without_a_tokenizer_ends_before_the_weights(policy, official_pi, monkeypatch):
+    monkeypatch.setattr(policies, "load_weights", None)
+    kind = policy.config["model_type"]
+    with pytest.raises(Fault, match="no tokenizer.json.*PaliGemma's.*--tokenizer FILE"):
+        policies.load_policy(kind, official_pi, training=True, lora_rank=2)

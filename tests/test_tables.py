@@ -676,6 +676,20 @@ def test_a_study_with_flags_of_its_own_has_a_name(tmp_path, monkeypatch):
         studies.main(studies.Args(seeds=0))
 
 
+@pytest.mark.parametrize("flags, splits, episodes", [
+    ("--gamma 0.5", ("train",), 4), ("", ("train", "pose"), 4), ("", ("train",), 8),
+])  # fmt: skip
+def test_records_of_another_study_are_not_added_to(tmp_path, monkeypatch, flags, splits, episodes):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "play", None)
+    record = dict(arm="PAIR", seed=2, flags="", episodes=4, success_once={"train": "00"})
+    (tmp_path / "results/flat").mkdir(parents=True)
+    (tmp_path / "results/flat/mine.jsonl").write_text(json.dumps(record) + "\n")
+    args = studies.Args(name="mine", flags=flags, splits=splits, episodes=episodes)
+    with pytest.raises(runtime.Fault, match="mine.jsonl is of other --flags, --splits or"):
+        studies.main(args)
+
+
 def test_an_arm_is_compared_with_the_baseline_of_its_own_seeds():
     def record(arm, seed, bits):
         bits = dict.fromkeys(ALL, np.packbits(bits).tobytes().hex())

@@ -3,7 +3,7 @@
     python tools/study.py                                # Flatland: all arms, 8 seeds, pi05-flat
     python tools/study.py --backbone pi05-tiny --arms PPO PAIR --seeds 3 --jobs 2   # the simulator
     python tools/study.py --table                        # from the records alone
-    python tools/study.py --backbone openvla-tiny --name openvla-tiny-camera --arms PPO PAIR \\
+    python tools/study.py --backbone openvla-tiny --name camera --arms PPO PAIR \\
         --flags="--pre-view camera" --splits train camera+8 camera+16 camera+24    # section 5.5
 
 A run is `ppo_pair.py` with the arm's flags, then `evaluate.py`. Its record is one line of
@@ -75,11 +75,14 @@ class Args:
     """run nothing, write the table of what is there"""
 
 
+def flags_of(args: Args, arm: str) -> str:
+    return f"{args.flags} {ARMS[arm].format(long=3 * preset(args.backbone).iterations)}".strip()
+
+
 def play(args: Args, arm: str, seed: int) -> dict:
     """One run in processes of its own -> its record. Of a run that a guard ended (the policy went
     blind, or lost what it could) the last checkpoint counts."""
-    chosen = preset(args.backbone)
-    flags = f"{args.flags} {ARMS[arm].format(long=3 * chosen.iterations)}".strip()
+    chosen, flags = preset(args.backbone), flags_of(args, arm)
     run = ROOT / "runs/study" / (args.name or args.backbone) / f"{arm}_{seed}".replace(" ", "-")
     command = ["ppo_pair.py", "--backbone", args.backbone, "--seed", str(seed)]
     command += ["--run-dir", str(run), "--resume", "auto", "--eval-episodes", "0", "--keep", "1"]
@@ -217,6 +220,10 @@ def main(args: Args):
     file = ROOT / "results" / preset(args.backbone).assets / f"{args.name or args.backbone}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for record in [] if args.table else records:
+        asked = flags_of(args, record["arm"]), set(args.splits), args.episodes
+        if (record["flags"], set(record[METRICS[0]]), record["episodes"]) != asked:
+            raise Fault(f"{file} is of other --flags, --splits or --episodes: pass another --name")
     done = {(record["arm"], record["seed"]) for record in records}
     wanted = [(arm, seed) for seed in range(2, args.seeds + 2) for arm in args.arms]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -233,8 +240,6 @@ def main(args: Args):
             list(pool.map(one, [key for key in wanted if key not in done]))
     if not records:
         raise Fault(f"{file} holds no records: run the study first, without --table")
-    if len({record["episodes"] for record in records}) > 1:
-        raise Fault(f"{file} holds records of other --episodes: pass another --name")
     records = in_order(records)
     write_text(file.with_suffix(".md"), table_of(records))
     figure_of(records, str(file.with_suffix("")))
