@@ -302,7 +302,7 @@ def update(
     head learns. generator: of the order of the samples, the same on all ranks.
     """
     target, means = target or policy, runtime.Means()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = runtime.parameters_of(optimizer)
     for p in optimizer.param_groups[0]["params"]:  # the policy's; the other group is the value head
         p.requires_grad_(not warming)
     inv_coef, sen_coef = (0.0, 0.0) if warming else (args.inv_coef, args.sen_coef)

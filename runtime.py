@@ -210,11 +210,15 @@ def own_cores() -> int:
     return max(1, here // LOCAL_WORLD)
 
 
+def parameters_of(optimizer) -> list[torch.nn.Parameter]:
+    """All that an update may change, whether or not it trains in the critic's warm-up."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def start_alike(optimizer):
     """Every rank gets rank 0's weights: random ones differ between kinds of hardware."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            collective(dist.broadcast, p.data, 0)
+    for p in parameters_of(optimizer):
+        collective(dist.broadcast, p.data, 0)
 
 
 def check_flags(args):
@@ -504,15 +508,11 @@ class RunState:
         path = save_checkpoint(Path(self.args.run_dir), self.policy, self.args, trainer)
         return from_rank_0(path)  # the others wait for it
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """All that an update may change, whether or not it trains in the critic's warm-up."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
     def snapshot(self):
         """What one update changes, on the CPU: an update that SIGTERM cuts short is undone."""
         if RANK > 0:  # rank 0 saves
             return None
-        weights = [p.detach().to("cpu", copy=True) for p in self.parameters()]
+        weights = [p.detach().to("cpu", copy=True) for p in parameters_of(self.optimizer)]
         saved = self.optimizer.state_dict()
         state = {
             i: {k: v.to("cpu", copy=True) for k, v in s.items()} for i, s in saved["state"].items()
@@ -522,7 +522,7 @@ class RunState:
     @torch.no_grad()
     def restore(self, before):
         if before is not None:
-            for p, weight in zip(self.parameters(), before[0]):
+            for p, weight in zip(parameters_of(self.optimizer), before[0]):
                 p.copy_(weight)
             self.optimizer.load_state_dict(before[1])
 
