@@ -297,7 +297,7 @@ def make_envs(
         if image_size not in (None, pack.image_size):
             raise Fault(
                 f"--assets flat is drawn in 32 x 32 pixels, and this backbone wants {image_size} x"
-                f" {image_size}: use one whose name ends in -flat"
+                f" {image_size}: use another, as pi05-flat"
             )
         return FlatEnvs(num_envs, parse_split, views)
     sample = partial(sample_episode, pack=pack)

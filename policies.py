@@ -60,7 +60,8 @@ class Evaluation(NamedTuple):
 
 
 class Policy(Protocol):
-    """A torch.nn.Module with all that ppo_pair.py, evaluate.py and sft.py use of a backbone.
+    """A torch.nn.Module with all that ppo_pair.py, evaluate.py and sft.py use of a backbone. What
+    load_policy asks of its class is in docs/fork.md, recipe 4.
 
     obs: rgb (B, H, W, 3) uint8 and state (B, S) float32. instructions: list of B str.
     """
@@ -553,7 +554,8 @@ def default_checkpoint(backbone: str) -> str:
     shipped = Path(__file__).parent / "warmstart" / backbone
     if not shipped.is_dir():
         raise Fault(
-            f"there is no {shipped}: `python sft.py --backbone {backbone} --out {shipped}` makes it"
+            f"there is no {shipped}: pass --checkpoint, or make it "
+            f"(`python sft.py --backbone {backbone} --out {shipped}`)"
         )
     return str(shipped)
 
@@ -571,7 +573,8 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
         raise Fault(f"unknown backbone {backbone!r}; choose one of {', '.join(class_of)}")
     policy_class = class_of[backbone]
     small = backbone in policy_class.small_configs
-    foreign = FlowPolicy.settings.keys() - policy_class.settings.keys()
+    foreign = {name for other in class_of.values() for name in other.settings}
+    foreign -= policy_class.settings.keys()
     known = vars(PolicyArgs()).keys() - foreign
     for name, value in flags.items():
         if name not in known and value is not None:

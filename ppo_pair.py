@@ -348,9 +348,9 @@ def update(
                 sen_kl = policy.kl(here, alt.dist)  # (B,)
             sen_loss = -sen_kl.clamp(max=args.sen_clip)
 
-            # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen. E: over the whole minibatch
+            # Eq. (4)  L = L_PPO + lambda_inv L_inv + lambda_sen L_sen
             loss = ppo_loss + inv_coef * inv_kl + sen_coef * sen_loss
-            (loss.sum() / mb_size).backward()
+            (loss.sum() / mb_size).backward()  # E: the mean over the minibatch of all ranks
 
             stats = dict(loss=loss, pg_loss=pg_loss, v_loss=v_loss, entropy=new.entropy)
             stats |= dict(approx_kl=ratio - 1 - logratio, ratio_dev=(ratio - 1).abs())

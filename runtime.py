@@ -136,8 +136,9 @@ def parse_run(cls, preset, may_change, replaced: dict[str, str], command=None):
         raise Fault(f"--resume {run_dir} is a checkpoint: name its run, --resume {run_dir.parent}")
     file = newest_checkpoint(run_dir) / "args.json"
     values, known = read_json(file), flatten(preset())
-    if values.keys() != known.keys():
-        raise Fault(f"{file} is of another version of this program: start another run")
+    if differs := sorted(map(flag_of, values.keys() ^ known.keys())):
+        names = ", ".join(differs[:4])
+        raise Fault(f"{file} is of another version of this program ({names}): start another run")
     saved = unflatten(cls, values | {"run_dir": args.resume, "resume": args.resume})
     args = parse(cls, preset, replaced, command, saved)
     args.resume = args.run_dir = saved.resume
@@ -611,7 +612,7 @@ class Means:
     def add(self, stats: dict, groups: dict):
         """stats: {name: (B,)}. groups: {name: (B,) bool}: whose KLs are logged apart."""
         for group, rows in groups.items():
-            kls = {k: v for k, v in stats.items() if k in ("inv_kl", "sen_kl")}
+            kls = {k: v for k, v in stats.items() if k.endswith("_kl") and k != "approx_kl"}
             stats = stats | {f"{k}_{group}": v[rows] for k, v in kls.items()}
         self.names = list(stats)
         counts = torch.tensor([float(len(v)) for v in stats.values()], device=stats["loss"].device)

@@ -122,8 +122,9 @@ def collect(
     """Runs in a worker: one scripted episode per id -> a list of dicts of arrays, T frames each.
 
     rgb (T, H, W, 3) uint8, classes (T, H/4, W/4) uint8 (what is in every fourth pixel: 0 table,
-    1-25 object, 26 plate, 27 robot), action (T, 7) the oracle's float32, where (T, 2, 3) metres of
-    plate and tcp, objects (k,) indices, object_xyz (T, k, 3) metres (target first), success bool.
+    then the pack's objects, the plate, the robot), action (T, 7) the oracle's float32, where
+    (T, 2, 3) metres of plate and tcp, objects (k,) indices, object_xyz (T, k, 3) metres (target
+    first), success bool.
     The arm is disturbed by `noise` (a std in units of the largest step) in a fraction `rate` of the
     steps, and the label stays the oracle's, so the data shows how to recover. A share `astray` of
     the episodes begins where `go_astray` has left the hand.
@@ -138,8 +139,8 @@ def collect(
         lut = np.zeros(1024, np.uint8)
         for i, actor in enumerate(env.objects):
             lut[actor._objs[0].per_scene_id] = 1 + i
-        lut[env.plate_entity.per_scene_id] = 26
-        lut[[link.per_scene_id for link in env.links]] = 27
+        lut[env.plate_entity.per_scene_id] = len(env.objects) + 1
+        lut[[link.per_scene_id for link in env.links]] = len(env.objects) + 2
         frames, after = {k: [] for k in ("rgb", "classes", "action", "where", "object_xyz")}, 0
         for _ in range(pack.max_episode_steps):
             rgb, seg = env.picture()
@@ -218,8 +219,8 @@ def segmentation_loss(features, classes, head: nn.Linear) -> torch.Tensor:
     """Cross-entropy of the labels `classes` (B, H, W), read linearly from the towers' patches
     (B, n, D)."""
     labels = tiles(classes, features.shape[1])  # (B, n, labels of a patch)
-    logits = head(features).unflatten(-1, (28, -1)).movedim(2, 1)  # (B, 28, n, labels of a patch)
-    weight = torch.ones(28, device=logits.device)
+    logits = head(features).unflatten(-1, (-1, labels.shape[2])).movedim(2, 1)  # (B, kinds, n, ...)
+    weight = torch.ones(logits.shape[1], device=logits.device)
     weight[0] = 0.2  # most pixels are table
     return F.cross_entropy(logits, labels.long(), weight)
 
@@ -231,12 +232,12 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     table = policy.word_embeddings()
     words = torch.stack(
         [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
-    )  # (25, H)
+    )  # (names, H)
     logits = (
         F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]
-    )  # (B, n, 25)
+    )  # (B, n, names)
     labels = tiles(classes, patches.shape[1])
-    present = F.one_hot(labels.long(), 28).sum(2)[..., 1:26] >= 2
+    present = F.one_hot(labels.long(), len(names) + 3).sum(2)[..., 1:-2] >= 2
     return (
         F.binary_cross_entropy_with_logits(logits, present.float(), reduction="none").sum(-1).mean()
     )
@@ -366,7 +367,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
     policy.look(batch["rgb"])
     head = nn.Linear(
         sum(f.shape[-1] for f in features[:-1]),
-        28 * batch["classes"][0].numel() // features[0].shape[1],
+        (len(pack.names) + 3) * batch["classes"][0].numel() // features[0].shape[1],
     )
     heads = [*head.parameters(), scale]
     train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads)

@@ -149,6 +149,7 @@ def load_weights(network_class, config, directory, dtype, device):
         for key, p in network.named_parameters():
             p.data = p.data.to(torch.float32 if network.keeps_float32(key) else dtype)
         network.init_value_head()
+        network.init_buffers(device)
         return network
     with torch.device("meta"):
         network = network_class(config)

@@ -31,8 +31,8 @@ class WordTokenizer:
         for word in words:
             if word not in self.ids:
                 raise Fault(
-                    f"the word {word!r} is not in this policy's vocabulary (_word_vocab "
-                    "in config.json)"
+                    f"the word {word!r} is not in this policy's vocabulary: add it to "
+                    "backbones/tokenizers.py and make another start"
                 )
         return [self.ids[word] for word in ["<s>", *words]]
 

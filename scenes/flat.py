@@ -271,15 +271,15 @@ class FlatEnvs:
 
     def labels(self) -> dict[str, np.ndarray]:
         """What sft.py teaches to see: classes (N, SIZE / 2, SIZE / 2) uint8 of each second pixel (0
-        table, 1 + index of an object, 26 plate, 27 hand); where (N, 2, 3) plate and hand; objects
+        table, 1 + index of an object, then plate, hand); where (N, 2, 3) plate and hand; objects
         (N, 1 + K) indices, the target first; object_xyz (N, 1 + K, 3)."""
         kinds, at = self.episode["objects"], self.episode["at"].astype(np.float32)[:, 1:]
         at[:, 0] = self.at
         canvas = np.zeros_like(self.still)
-        stamp(canvas, self.plate, PLATE, np.uint32(26))
+        stamp(canvas, self.plate, PLATE, np.uint32(len(SPRITES) + 1))
         for i in [*range(1, kinds.shape[1]), 0]:
             stamp(canvas, at[:, i], SPRITES[kinds[:, i]], (1 + kinds[:, i]).astype(np.uint32))
-        stamp(canvas, self.hand, HAND, np.uint32(27))
+        stamp(canvas, self.hand, HAND, np.uint32(len(SPRITES) + 2))
         places = np.concatenate([self.plate[:, None], self.hand[:, None], at], 1)
         places = np.pad(places, ((0, 0), (0, 0), (0, 1)))  # everything lies at height 0
         classes = canvas[:, PAD:-PAD:2, PAD:-PAD:2].astype(np.uint8)

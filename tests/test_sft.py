@@ -28,7 +28,7 @@ def episodes(env):
 
 @pytest.fixture(scope="module")
 def frames(episodes):
-    return sft.flatten(episodes, 8)
+    return sft.frames_of(episodes, 8)
 
 
 @pytest.fixture(params=["openvla-tiny", "pi05-tiny"])
@@ -135,7 +135,7 @@ def test_what_is_demonstrated(monkeypatch, tmp_path, backbone, rate):
     asked = []
     monkeypatch.setattr(sft, "make_envs", lambda *_, **__: nullcontext())
     monkeypatch.setattr(sft, "collect_parallel", lambda _, *how: asked.append(how) or [])
-    monkeypatch.delattr(sft, "flatten")  # it ends there
+    monkeypatch.delattr(sft, "frames_of")  # it ends there
     with pytest.raises(NameError):
         sft.main(sft.preset(backbone, out=str(tmp_path / "out")))
     scenes, *demos = [(split, len(ids), how) for split, ids, *how in asked]
@@ -151,7 +151,7 @@ def test_flatland_demonstrates_what_it_shows():
     vec = envs.make_envs(8, "flat")
     episodes = sft.collect_flat(vec, "busy", range(10), 0.5, 0.5, 0)
     assert [e["id"] for e in episodes] == list(range(10))
-    frames = sft.flatten(episodes, 8)
+    frames = sft.frames_of(episodes, 8)
     names = vec.pack.names
     assert frames["rgb"].shape == (60, 32, 32, 3) and frames["classes"].shape == (60, 16, 16)
     assert frames["object_ids"].shape == (60, 5) and (frames["object_ids"] >= 0).all()
