@@ -617,7 +617,7 @@ def load_policy(backbone, checkpoint=None, *, device="cpu", training=False, **fl
     tokenizer, tokenizer_file = read_tokenizer(
         policy_class.tokenizer_class, args.tokenizer, config, [adapter, directory]
     )
-    if training:  # else it would be found after the weights
+    if training and not small:  # now, because the weights take long
         check_tokenizer(tokenizer, policy_class.tokenizer_class, name)
     if commit:
         download(name, commit, WEIGHTS)

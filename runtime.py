@@ -103,7 +103,7 @@ def parse(cls, preset, replaced=(), command=None, defaults=None):
         given += [flag.replace("_", "-"), *value] if text.startswith("--") else [text]
     for before, flag in zip(["", *given], given):
         if not flag:  # or a new run would begin where a script says --resume "$RUN"
-            raise Fault(f"nothing follows {before}: is a variable of your script empty?")
+            raise Fault(f"nothing follows {before!r}: is a variable of your script empty?")
         if flag in replaced:
             raise Fault(f"{flag} is gone: {replaced[flag]}")
     named = [after for word, after in zip(given, given[1:]) if word == "--backbone"]
@@ -197,7 +197,7 @@ def own_device(cuda: bool) -> torch.device:
     """This rank's GPU, or the CPU where there is none or `cuda` is off."""
     if not (cuda and torch.cuda.is_available()):
         if cuda and torch.version.cuda:
-            print("this PyTorch is built for CUDA but sees no GPU: on the CPU", file=sys.stderr)
+            print("PyTorch sees no GPU: the policy runs on the CPU", file=sys.stderr)
         return torch.device("cpu")
     number = LOCAL_RANK % torch.cuda.device_count()  # a launcher may show each rank one GPU only
     torch.cuda.set_device(number)

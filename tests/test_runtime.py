@@ -228,7 +228,7 @@ def test_resume_of_a_checkpoint_names_its_run(tmp_path):
 
 @pytest.mark.parametrize("command", [["--resume", ""], ["--resume="], ["--checkpoint", ""]])
 def test_an_empty_variable_of_a_script_starts_no_other_run(command):
-    with pytest.raises(runtime.Fault, match=f"nothing follows {command[0].strip('=')}:"):
+    with pytest.raises(runtime.Fault, match=f"nothing follows '{command[0].strip('=')}'"):
         ppo_pair.parse(command)
 
 
