@@ -309,7 +309,7 @@ def update(
     epochs = args.warmup_epochs if warming else args.update_epochs
     for mb_inds, mb_size in runtime.minibatches(batch, epochs, args, generator):
         for inds in mb_inds.split(args.device_batch_size):
-            mb = runtime.rows(batch, inds)
+            mb = runtime.select(batch, inds)
             obs, instructions, latent = mb["obs"], mb["instructions"], mb["latents"]
             oldlogprob, oldvalue = mb["logprobs"], mb["values"]
             advantages, returns = mb["advantages"], mb["returns"]

@@ -591,7 +591,7 @@ def minibatches(batch, epochs: int, args, generator):
             yield inds[start:stop][is_own[start:stop]], stop - start
 
 
-def rows(batch: dict, inds: torch.Tensor) -> dict:
+def select(batch: dict, inds: torch.Tensor) -> dict:
     """The decisions `inds` (on the CPU) of a rollout's batch, its nested dicts and lists too."""
     there = inds.to(batch["logprobs"].device)
 
@@ -648,7 +648,7 @@ def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_
     evaluate_actions agree, and everything that is to be trained has a gradient."""
     if not torch.isfinite(grad_norm + means.checksum):  # every rank sees it: sums of all ranks
         file = Path(run_dir) / f"nonfinite_rank{RANK}.pt"
-        mb = rows(batch, mb_inds)
+        mb = select(batch, mb_inds)
         minibatch = {k: v.cpu() for k, v in (mb["obs"] | mb["latents"]).items()}
         torch.save(minibatch | dict(instructions=mb["instructions"]), file)
         raise Fault(

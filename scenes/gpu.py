@@ -73,9 +73,6 @@ class PutOnPlates(PutOnPlate):
             "segmentation_id_map",
         ):
             self.__dict__.pop(name, None)
-        # SAPIEN's renderer goes with its last system, and NVIDIA's driver starts few in a process
-        if not hasattr(self, "renderer"):
-            self.renderer = sapien.render.RenderSystem(self._render_device)
         super()._clear()
 
     # ------------------------------------------------------------------------------------ episode
@@ -239,6 +236,8 @@ class CudaVecEnv(VecEnv):
 
     def __init__(self, num_envs, pack, image_size, resize, sample, views):
         self.env = PutOnPlates(pack, sample, image_size, resize, num_envs=num_envs)
+        # Keeps SAPIEN's renderer while scenes are built again: NVIDIA starts few in a process
+        self.render_system = sapien.render.RenderSystem(self.env._render_device)
         self.num_envs, self.pack, self.sample, self.views = num_envs, pack, sample, views
         self.max_episode_steps = pack.max_episode_steps
 

@@ -662,6 +662,9 @@ def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "record_of", lambda *about: about)
     studies.play(studies.Args(), "PAIR", 2)
     assert calls == ["ppo_pair.py", "evaluate.py"]
+    for seed in (2, 3):  # the arm's name has a point
+        studies.play(studies.Args(), "target: current weights, lambda_inv 0.5", seed)
+    assert len(list(tmp_path.rglob("*.txt"))) == 3
     last = "error: no space left"
     with pytest.raises(runtime.Fault, match="PAIR, seed 3 ended with 2"):
         studies.play(studies.Args(), "PAIR", 3)
