@@ -43,7 +43,7 @@ import tyro
 from tqdm import tqdm
 
 import runtime
-from envs import SPLITS, choose_sim, make_envs, parse_split
+from envs import SPLITS, choose_sim, find_pack, make_envs, parse_split
 from policies import PolicyArgs, load_policy
 from runtime import Fault, episode_ids, read_json, write_text
 
@@ -672,6 +672,8 @@ def main(args: Args):
     check_args(args)
     sim = choose_sim(args.sim)
     checkpoint, saved = find_checkpoint(args)
+    assets = args.assets or saved["assets"]
+    find_pack(assets)  # a Fault where its files are missing
     out = output_directory(args, checkpoint)
     runtime.join_ranks("gloo")
     rank, world = runtime.RANK, runtime.WORLD
@@ -680,7 +682,6 @@ def main(args: Args):
         settings["dtype"] = saved["dtype"]
     policy = load_policy(saved["backbone"], checkpoint, **settings)
     num_envs = min(args.num_envs, args.num_episodes)
-    assets = args.assets or saved["assets"]
     pictures = {"image_size": policy.image_size, "resize": policy.resize}
     total, records = len(args.splits) * len(args.seeds) * args.num_episodes, []
     with (

@@ -536,7 +536,7 @@ class PolicyArgs:
 RANGES = {  # of the numbers, where they are given
     "at least 1": "lora_alpha horizon replan denoise_steps",
     "0 or more": "lora_rank",
-    "above 0": "noise_level",
+    "above 0, up to 1000": "noise_level",
 }
 
 

@@ -29,7 +29,7 @@ import evaluate
 import policies
 import runtime
 import views
-from envs import choose_sim, make_envs, parse_split
+from envs import choose_sim, find_pack, make_envs, parse_split
 
 # ------------------------------------------------------------------------------------------ presets
 # Table 3 of the paper, and what it leaves open. A row per flag, a column per backbone.
@@ -390,6 +390,7 @@ def train(args: Args) -> tuple[Args, Path | None]:
     runtime.check_ranges(args, RANGES, policies.RANGES)
     runtime.check_flags(args)
     parse_split(train_split(args))  # a Fault where --camera-range or --camera-step is wrong
+    find_pack(args.assets)  # or where its files are missing
     args.sim = choose_sim(args.sim)
     device = runtime.own_device(args.cuda)
     if runtime.RANK == 0:  # the others wait for what it prepares

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import evaluate
 import policies
 import ppo_pair
 import runtime
@@ -69,7 +70,7 @@ def test_a_flag_that_is_gone_says_what_replaced_it(flags):
     "--learning-rate nan|--max-grad-norm 0|--clip-coef -1|--inv-coef -1|--sen-coef -0.1|--sen-clip -1|"
     "--eval-episodes -3|--gamma 1.1|--gae-lambda -1|--critic-warmup -1|--save-every 0|--keep 0|--seed -1|"
     "--seed 20240101123456|--target-kl -1|--augment 2|--inv-target-rate 1.5|--ent-coef -1|--inv-coef inf|"
-    "--lora-rank -1|--camera-step 0".split("|"),
+    "--lora-rank -1|--camera-step 0|--noise-level 1e300".split("|"),
 )
 def test_a_number_out_of_range_is_one_sentence_before_anything_starts(flags, tmp_path):
     run = tmp_path / "run"
@@ -82,6 +83,34 @@ def test_augment_needs_the_composites_that_it_shows(tmp_path):
     flags = ["--augment", "0.5", "--pre-view", "rerender", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(runtime.Fault, match="--pre-view rerender there are none"):
         ppo_pair.main(ppo_pair.parse(flags))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_a_missing_asset_pack_is_found_before_the_policy_is_loaded(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_policy", None)
+    monkeypatch.setattr(policies, "load_policy", None)
+    with pytest.raises(runtime.Fault, match="unknown --assets 'nothing'"):
+        if script == "train":
+            ppo_pair.main(
+                ppo_pair.parse(["--assets", "nothing", "--run-dir", str(tmp_path / "run")])
+            )
+        else:
+            start = str(ROOT / "warmstart/pi05-flat")
+            evaluate.main(evaluate.Args(start, assets="nothing", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shown, number", [(8, 5), (4, 1), (1, 0)])  # by the launcher, to this rank
+def test_each_rank_takes_its_own_gpu_of_those_it_is_shown(shown, number, monkeypatch):
+    chosen = Mock()
+    monkeypatch.setattr(runtime, "LOCAL_RANK", 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert runtime.own_device(True) == torch.device("cuda", number)
+    chosen.assert_called_once_with(number)
+    assert runtime.own_device(False) == torch.device("cpu")
 
 
 def test_every_number_has_a_range():
