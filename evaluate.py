@@ -2,7 +2,7 @@
 
     python evaluate.py --checkpoint runs/pair                               # its newest checkpoint
     python evaluate.py --checkpoint runs/pair --splits train clutter-8 --video 4 --out runs/look
-    python evaluate.py --checkpoint OWNER/NAME --backbone openvla           # from the Hub
+    python evaluate.py --checkpoint OWNER/NAME --backbone openvla --assets rl4vla  # from the Hub
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/pair          # the same files, sooner
     python evaluate.py --checkpoint runs/pair --ablate black                # does it use its eyes?
     python evaluate.py --compare runs/ppo runs/pair                         # B - A, paired
@@ -49,8 +49,8 @@ from runtime import Fault, episode_ids, read_json, write_text
 
 METRICS = ("success_once", "success_at_end")
 # What must be equal for two records to be comparable.
-PROTOCOL = ("backbone", "assets", "sim", "temperature", "num_envs", "horizon", "replan", "steps",
-            "dtype", "ablate")  # fmt: skip
+PROTOCOL = ("backbone", "assets", "sim", "temperature", "num_envs", "horizon", "replan",
+            "denoise_steps", "steps", "dtype", "ablate")  # fmt: skip
 RECORDED = (*PROTOCOL, "checkpoint")
 TRAINING_CAMERAS = 20  # degrees: Section 5.5 trains on 0 to 20 and tests up to 28
 
@@ -75,7 +75,7 @@ class Args:
     num_envs: int = 16
     """environments that run side by side (part of the sampling noise)"""
     assets: str = ""
-    """asset pack (default: the one in the checkpoint's args.json, or builtin)"""
+    """asset pack (default: the one in the checkpoint's args.json)"""
     out: str = ""
     """output directory (default: <checkpoint>/eval, with --ablate black <checkpoint>/eval-black)"""
     video: int = 0
@@ -599,7 +599,7 @@ def check_args(args: Args):
 def find_checkpoint(args: Args) -> tuple[str, dict]:
     """Which checkpoint --checkpoint means, and what its args.json says."""
     directory = Path(args.checkpoint)
-    saved = {"backbone": args.backbone, "assets": "builtin", "dtype": "auto"}
+    saved = {"backbone": args.backbone, "assets": "", "dtype": "auto"}
     if not directory.is_dir():
         if not args.backbone:
             raise Fault(
@@ -622,6 +622,13 @@ def find_checkpoint(args: Args) -> tuple[str, dict]:
             "leave --backbone out"
         )
     return str(directory), saved
+
+
+def assets_of(args, saved: dict) -> str:
+    """--assets, or the pack that the checkpoint was trained in."""
+    if not (assets := args.assets or saved["assets"]):
+        raise Fault("the checkpoint names no asset pack: pass --assets (rl4vla for the big ones)")
+    return assets
 
 
 def output_directory(args: Args, checkpoint: str) -> Path:
@@ -672,7 +679,7 @@ def main(args: Args):
     check_args(args)
     sim = choose_sim(args.sim)
     checkpoint, saved = find_checkpoint(args)
-    assets = args.assets or saved["assets"]
+    assets = assets_of(args, saved)
     find_pack(assets)  # a Fault where its files are missing
     out = output_directory(args, checkpoint)
     runtime.join_ranks("gloo")
@@ -697,6 +704,7 @@ def main(args: Args):
             "num_envs": num_envs,
             "horizon": policy.horizon,
             "replan": policy.chunk,
+            "denoise_steps": policy.config.get("num_denoise_steps"),
             "steps": envs.max_episode_steps,
             "dtype": str(policy.dtype).removeprefix("torch."),
             "ablate": args.ablate,

@@ -121,7 +121,7 @@ class Policy(Protocol):
         -> handles, to remove it; [] where no token has to look: pi's patches see the words."""
 
 
-def act(policy: Policy, obs, instructions, size: int) -> Decision:
+def act_in_parts(policy: Policy, obs, instructions, size: int) -> Decision:
     """policy.act for at most `size` observations at a time: all of them may not fit into memory."""
     parts = []
     for i in range(0, len(instructions), size):

@@ -173,9 +173,9 @@ class Args:
     sen_grad: Literal["o", "alt", "both"] = "o"
     """which side of Eq. (3) learns: o with o_alt fixed (as published), o_alt, or both"""
     inv_target_rate: float | None
-    """Eq. (2)'s pi(.|o_pre): None: by the current weights, as published. DEVIATION: a number: by a
-    copy that moves this share of the way to the policy at each iteration (1: the rollout's weights,
-    0: the start's)"""
+    """which weights give pi(.|o_pre) in Eq. (2). None: the current ones, as published. DEVIATION: a
+    number: those of a copy that moves this share of the way to the policy after each iteration (1:
+    the rollout's weights, 0: the start's)"""
 
 
 # What a number may be. Checked before anything starts.
@@ -237,7 +237,9 @@ def rollout(args, policy, envs, episode_ids, device, rebuild=False, backgrounds=
             if augmented is not None:
                 rgb, mask = next_obs["rgb"][augmented], next_obs["mask"][augmented]
                 next_obs["rgb"][augmented] = views.composite(rgb, mask, backgrounds)
-            decision = policies.act(policy, next_obs, envs.instructions, args.device_batch_size)
+            decision = policies.act_in_parts(
+                policy, next_obs, envs.instructions, args.device_batch_size
+            )
             obs.append(next_obs)
             instructions += envs.instructions
             decisions.append(decision)
@@ -431,7 +433,7 @@ def train(args: Args) -> tuple[Args, Path | None]:
         composite = args.pre_view == "composite" and (args.inv_coef or args.augment)
         backgrounds = envs.backgrounds().to(device) if composite else None
         ids = list(runtime.train_ids(args, 1, 1))
-        frames = envs.reset(ids, train_split(args), alter_seed=args.seed)
+        frames = envs.reset(ids, train_split(args), view_seed=args.seed)
         runtime.check_weights(policy)
         sight = runtime.Sight(policy, frames, envs.instructions, state)
 
@@ -451,7 +453,7 @@ def train(args: Args) -> tuple[Args, Path | None]:
             batch, stats = rollout(args, policy, envs, ids, device, rebuild, backgrounds)
             if batch is None:
                 break
-            before, t1 = state.snapshot(), time.time()
+            t1, before = time.time(), state.snapshot()
             losses = update(
                 args, policy, optimizer, batch, backgrounds, target.policy, warming, order
             )
@@ -470,7 +472,7 @@ def train(args: Args) -> tuple[Args, Path | None]:
             if iteration % args.save_every == 0 or iteration == args.iterations:
                 saved = state.save()
             batch = None  # or two rollouts would need their memory at once
-        if state.iteration == args.iterations:
+        if state.iteration == args.iterations and not runtime.any_rank_stops(device):
             return args, saved
         if state.iteration % args.save_every:
             state.save()

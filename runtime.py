@@ -232,6 +232,11 @@ def check_flags(args):
             f"--augment shows composites, and with --pre-view {args.pre_view} there are none: "
             "leave one of them out"
         )
+    if args.augment and args.sen_coef:
+        raise Fault(
+            "--augment changes the table in o and not in o_alt, so Eq. (3) would reward seeing the "
+            "table: use --sen-coef 0"
+        )
     if WORLD > 1 and (args.num_envs < WORLD or args.batch_size % args.num_envs):
         raise Fault(
             f"--num-envs {args.num_envs} and --batch-size {args.batch_size} cannot be shared by "
@@ -409,14 +414,14 @@ def make_run_dir(args):
     name = f"runs/{args.backbone}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     names = [args.run_dir] if args.run_dir else [name, *(f"{name}-{i}" for i in range(2, 100))]
     try:
-        for args.run_dir in names:
+        for name in names:
             try:
-                Path(args.run_dir).mkdir(parents=True, exist_ok=len(names) == 1)
+                Path(name).mkdir(parents=True, exist_ok=len(names) == 1)
                 break
             except FileExistsError:  # another run began in this second
-                if args.run_dir == names[-1]:
+                if name == names[-1]:
                     raise
-        run_dir = Path(args.run_dir)
+        args.run_dir, run_dir = name, Path(name)
         if is_checkpoint(run_dir):
             raise Fault(f"--run-dir {run_dir} is a checkpoint of another run: name another one")
         if checkpoints(run_dir) and not args.resume:
@@ -427,7 +432,7 @@ def make_run_dir(args):
         LOCKS.enter_context(locked(run_dir, "run", "--run-dir"))
         write_text(run_dir / "args.json", json.dumps(flatten(args), indent=2))
     except OSError as error:
-        raise Fault(f"cannot write to --run-dir {args.run_dir}: {error.strerror}")
+        raise Fault(f"cannot write to --run-dir {name}: {error.strerror}")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -628,6 +633,7 @@ class Means:
             for part, total in zip(parts, flat.split([part.numel() for part in parts])):
                 part.copy_(total.view_as(part))
         self.step = dict(zip(self.names, self.now[0] / self.now[1]))
+        self.first = self.first or self.step
         self.totals, self.checksum, self.now = self.totals + self.now, self.now.sum(), 0.0
         return stop.item() > 0
 
@@ -636,7 +642,8 @@ class Means:
         sums = zip(self.names, *self.totals.tolist())
         means = {name: total / count for name, total, count in sums if count}
         norm = torch.stack(self.grad_norms).mean().item() if self.grad_norms else 0.0
-        return means | dict(ratio_dev=self.first, grad_norm=norm, updates=len(self.grad_norms))
+        means |= dict(ratio_dev=self.first["ratio_dev"].item(), grad_norm=norm)
+        return means | dict(updates=len(self.grad_norms))
 
 
 # ------------------------------------------------------------------------------------------ guards
@@ -655,13 +662,13 @@ def check_step(policy, parameters, means: Means, grad_norm, batch, mb_inds, run_
             "a loss, log-prob or gradient is not finite: stopped before the step, every "
             f"checkpoint is from before; the minibatch is in {file}"
         )
-    if means.first is not None:
+    if means.step is not means.first:
         return
-    means.first = means.step["ratio_dev"].item()
+    ratio_dev = means.step["ratio_dev"].item()
     bfloat16 = policy.dtype == torch.bfloat16
-    if means.first > (MAX_RATIO_DEV_BF16 if bfloat16 else MAX_RATIO_DEV):
+    if ratio_dev > (MAX_RATIO_DEV_BF16 if bfloat16 else MAX_RATIO_DEV):
         raise Fault(
-            f"update and rollout compute other log-probs (ratio off by {means.first:.3f} "
+            f"update and rollout compute other log-probs (ratio off by {ratio_dev:.3f} "
             "before any step): the policy's act and evaluate_actions disagree"
         )
     known = {id(p) for p in parameters}

@@ -2,7 +2,7 @@
 checkpoints, this file does for a small backbone.
 
     python sft.py                             # scenes, demonstrations, training -> runs/sft
-    python sft.py --backbone openvla-flat     # the same in Flatland
+    python sft.py --backbone openvla-flat     # a token policy, in Flatland
 
 Stage 1 stands in for internet data: where is every object (segmentation of the towers' patches) and
 "where is X?" (grounding, answered with the very seven numbers that actions are written in, and
@@ -53,8 +53,8 @@ class Args:
     clone_steps: int = 3600
     """optimizer steps of behaviour cloning"""
     astray: float = 0.4
-    """share of the demonstrations in which the hand first goes for another place, as a policy does
-    that errs; flat: share of a demonstration's moves that go anywhere"""
+    """share of the demonstrations in which the hand first goes to another place, as after a mistake
+    of the policy; flat: share of the moves of a demonstration that are random"""
     grounding: bool = True
     """both stages ask where things are"""
     pointing: bool = True

@@ -4,8 +4,8 @@ o_pre  task-preserving: another table, no distractors, the same robot, target an
 o_alt  task-altering:   the same instant with the target elsewhere                          Eq. (3)
 
 A composite, Eq. (5), is made of pictures that are there. ManiSkill's environments call the other
-functions, to draw: (env of N scenes, N numpy generators) -> (N, H, W, 3) uint8. Flatland draws its
-own (scenes/flat.py).
+functions, to draw: (env of N scenes, N numpy generators) -> (N, H, W, 3) uint8, (H, W, 3) on the
+CPU, where N is 1. Flatland draws its own (scenes/flat.py).
 """
 
 import numpy as np

@@ -315,7 +315,9 @@ class Pi0Network(nn.Module):
         return key.startswith(("paligemma_with_expert.gemma_expert.lm_head.", "noise_head."))
 
     def keeps_float32(self, key):
-        """All but the VLM's matrices and SigLIP's norms, as openpi and RLinf have it."""
+        """All but the VLM's matrices and SigLIP's norms."""
+        # DEVIATION: openpi and RLinf have the action expert's matrices in bfloat16, too. They give
+        # likelihoods and KLs
         exact = (".embeddings.", ".input_layernorm.", ".post_attention_layernorm.", "model.norm.")
         return ".paligemma." not in key or any(part in key for part in exact)
 

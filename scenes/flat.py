@@ -188,7 +188,7 @@ class FlatEnvs:
         self.num_envs, self.parse_split, self.views = num_envs, parse_split, views
         self.instructions, self.view_seconds = [], 0.0
 
-    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0) -> dict:
+    def reset(self, episode_ids, split="train", rebuild=False, view_seed=0) -> dict:
         """See VecEnv.reset. rebuild means nothing here."""
         assert len(episode_ids) == self.num_envs
         split = self.parse_split(split)
@@ -197,7 +197,7 @@ class FlatEnvs:
             raise Fault(f"--assets flat has no camera that turns: {leave}")
         episode = sample_episodes(episode_ids, split)
         self.episode, self.ids = episode, np.asarray(episode_ids, np.int64)
-        self.alter_seed, self.elapsed = alter_seed, 0
+        self.view_seed, self.elapsed = view_seed, 0
         self.target = episode["objects"][:, 0]
         self.table, self.light = episode["table"], episode["light"]
         self.instructions = [f"put {PACK.names[i]} on plate" for i in self.target]
@@ -241,12 +241,12 @@ class FlatEnvs:
         obs, begin = dict(rgb=rgb, mask=mask, state=state), time.perf_counter()
         if "rgb_alt" in self.views:
             # Box and Muller: two normal numbers
-            u, angle = chance(self.alter_seed, self.ids, self.elapsed, [[0], [1]])
+            u, angle = chance(self.view_seed, self.ids, self.elapsed, [[0], [1]])
             direction = [np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)]
             away = self.alter_sigma * np.sqrt(-2 * np.log1p(-u)) * direction
             obs["rgb_alt"] = self.draw(self.still.copy(), np.clip(self.at + away.T, 3, SIZE - 4))[0]
         if "rgb_pre" in self.views:
-            table = chance(self.alter_seed, self.ids, self.elapsed, 2) * PACK.train_tables
+            table = chance(self.view_seed, self.ids, self.elapsed, 2) * PACK.train_tables
             bare = TABLES[table.astype(int)]
             stamp(bare, self.plate, PLATE, WHITE)
             obs["rgb_pre"] = self.draw(bare, self.at)[0]

@@ -241,19 +241,19 @@ class CudaVecEnv(VecEnv):
         self.num_envs, self.pack, self.sample, self.views = num_envs, pack, sample, views
         self.max_episode_steps = pack.max_episode_steps
 
-    def reset(self, episode_ids, split="train", rebuild: bool = False, alter_seed: int = 0) -> dict:
+    def reset(self, episode_ids, split="train", rebuild: bool = False, view_seed: int = 0) -> dict:
         """See VecEnv.reset; PhysX on a GPU does not promise the same bits twice, with `rebuild` or
         without."""
-        self.alter_seed, episodes = alter_seed, self._sample(episode_ids, split)
+        self.view_seed, episodes = view_seed, self._sample(episode_ids, split)
         rebuild = rebuild or [e.light for e in episodes] != self.env.lights_now
         self.env.reset(seed=0, options=dict(episodes=episodes, reconfigure=rebuild))
-        return self.env.look(self.views, alter_seed)
+        return self.env.look(self.views, view_seed)
 
     def step(self, actions: torch.Tensor):
         """See VecEnv.step."""
         actions = actions[:, : self.max_episode_steps - self.elapsed].to(self.env.device)
         info = {name: value.clone() for name, value in self.env.play(actions.unbind(1)).items()}
-        obs = self.env.look(self.views, self.alter_seed)
+        obs = self.env.look(self.views, self.view_seed)
         return obs, info.pop("reward"), self._done(), info
 
     def backgrounds(self, tables=None) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Rl4vlaPack:
         """Nothing was written."""
 
     def lens(self, height: int, width: int) -> dict:
-        """Bridge's 640 x 480 camera, its picture squashed into a square as RL4VLA does."""
+        """Bridge's 640 x 480 camera, its picture stretched to height x width."""
         bridge = np.array([623.588, 623.588, 319.501, 239.545])
         fx, fy, cx, cy = bridge * [width, height, width, height] / [640, 480, 640, 480]
         return dict(intrinsic=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))

@@ -393,14 +393,14 @@ class PutOnPlate(BaseEnv):
         return self.agent.robot._objs[0].qpos[:8].astype(np.float32)
 
     # ------------------------------------------------------------------------------------ pictures
-    def look(self, views: dict, alter_seed: int) -> dict:
+    def look(self, views: dict, view_seed: int) -> dict:
         """-> an observation. What a view draws depends on what is shown, not on who shows it."""
         rgb, ids = self.picture()
         obs = dict(rgb=rgb, mask=self.foreground(ids), state=self.state())
         start = time.perf_counter()
         for name, view in views.items():
-            keys = [[alter_seed, e.id, self.elapsed] for e in self.episodes]
-            keys = [key + [1] * (name == "rgb_pre") for key in keys]
+            keys = [[view_seed, e.id, self.elapsed] for e in self.episodes]
+            keys = [key + [1] * (name == "rgb_pre") for key in keys]  # a stream of its own
             obs[name] = view(self, list(map(np.random.default_rng, keys)))
         self.view_seconds += time.perf_counter() - start
         return obs

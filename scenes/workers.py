@@ -24,6 +24,8 @@ def claim_core() -> int | None:
     """Stay on a core that no other worker on this machine has claimed -> the file descriptor that
     holds the claim while it is open. None where all are claimed: more workers than cores, of
     whatever jobs, share them as the system sees fit."""
+    if sys.platform != "linux":
+        return None
     for core in sorted(os.sched_getaffinity(0)):
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
@@ -175,7 +177,7 @@ class VecEnv:
     def _done(self) -> torch.Tensor:
         return torch.full((self.num_envs,), self.elapsed >= self.max_episode_steps)
 
-    def reset(self, episode_ids, split="train", rebuild: bool = False, alter_seed: int = 0) -> dict:
+    def reset(self, episode_ids, split="train", rebuild: bool = False, view_seed: int = 0) -> dict:
         """Start one episode per environment.
 
         Args:
@@ -183,13 +185,13 @@ class VecEnv:
             rebuild: make the scenes anew (0.2 s each), so that the episode does not depend on what
                 was simulated before, to the last bit. Without it states differ by about 1e-8.
                 Evaluation does so at each reset, training after each checkpoint.
-            alter_seed: seeds what the rendered views draw, together with episode id and step.
+            view_seed: seeds what the rendered views draw, together with episode id and step.
         Returns: obs, a dict of torch tensors: rgb (N, H, W, 3) uint8, mask (N, H, W) bool (M of Eq.
             (5)), state (N, 8) float32, with make_envs' `alter` rgb_alt, with `preserve` rgb_pre
             (N, H, W, 3) uint8. `self.instructions` holds N sentences.
         """
         episodes = self._sample(episode_ids, split)
-        self.elapsed, self._look = 0, (self.views, alter_seed)
+        self.elapsed, self._look = 0, (self.views, view_seed)
         parts = [[episodes[slot] for slot in slots] for slots in self._slots]
         shown = self.map(start, *[(part, rebuild, *self._look) for part in parts])
         return stacked(sum(shown, []))

@@ -26,7 +26,7 @@ def ids(count, seed=0):
 
 
 PROTOCOL = dict(backbone="toy", assets="builtin", sim="cpu", temperature=0.6, num_envs=16, horizon=1, replan=1, dtype="float32",
-                ablate="none", checkpoint="runs/a")  # fmt: skip
+                denoise_steps=None, ablate="none", checkpoint="runs/a")  # fmt: skip
 
 
 def make_records(split, outcomes, seed=0, at_end=None, **protocol):
@@ -71,7 +71,7 @@ class Toy:
     def __exit__(self, *_):
         pass
 
-    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0):
+    def reset(self, episode_ids, split="train", rebuild=False, view_seed=0):
         assert rebuild, "evaluation must not depend on the episodes before"
         assert len(episode_ids) == self.num_envs
         self.resets.append((list(episode_ids), split))
@@ -117,7 +117,7 @@ class Noisy:
     image_size, resize, horizon, dtype = 8, None, 1, torch.float32
 
     def __init__(self, chunk=2):
-        self.chunk = chunk
+        self.chunk, self.config = chunk, {"num_denoise_steps": 4}
 
     def act(self, obs, instructions, temperature=1.0):
         assert len(instructions) == len(obs["rgb"])
@@ -406,6 +406,7 @@ def test_main_writes_records_table_and_videos(toy_world, capsys):
         num_envs=4,
         horizon=1,
         replan=2,
+        denoise_steps=4,
         steps=5,
         dtype="float32",
         ablate="none",
@@ -547,7 +548,10 @@ def test_a_checkpoint_on_the_hub(toy_world, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ev.Fault, match="owner/name does not exist.* needs --backbone"):
         ev.main(ev.Args("owner/name", splits=("train",), num_episodes=2))
-    ev.main(ev.Args("owner/name", backbone="toy", splits=("train",), num_episodes=2))
+    hub = dict(checkpoint="owner/name", backbone="toy", splits=("train",), num_episodes=2)
+    with pytest.raises(ev.Fault, match="names no asset pack: pass --assets"):
+        ev.main(ev.Args(**hub))
+    ev.main(ev.Args(**hub, assets="builtin"))
     assert loaded[0][:2] == ("toy", "owner/name")
     (record, _) = ev.read_records(folder / "runs/owner_name/eval")
     assert (record["checkpoint"], record["assets"]) == ("owner/name", "builtin")
@@ -638,15 +642,18 @@ def test_args_json_that_names_no_backbone(toy_world, content):
     args = ev.Args(str(checkpoint), splits=("train",), num_episodes=2)
     with pytest.raises(ev.Fault, match="pass --backbone|not a JSON object|cannot be read"):
         ev.main(args)
-    if content in (None, "{}"):  # not written by this repository: the flag helps
+    if content in (None, "{}"):  # not written by this repository: the flags help
         args.backbone = "toy"
+        with pytest.raises(ev.Fault, match="names no asset pack: pass --assets"):
+            ev.main(args)
+        args.assets = "builtin"
         ev.main(args)
         assert loaded[0][:2] == ("toy", str(checkpoint))
 
 
 def test_errors_of_the_policy_are_faults(toy_world):
     checkpoint, _ = toy_world
-    (checkpoint / "args.json").write_text('{"backbone": "broken"}')
+    (checkpoint / "args.json").write_text('{"backbone": "broken", "assets": "builtin"}')
     with pytest.raises(ev.Fault, match="is cut short"):
         ev.main(ev.Args(str(checkpoint)))
 
@@ -699,6 +706,7 @@ CHANGED = dict(
     num_envs=8,
     horizon=8,
     replan=5,
+    denoise_steps=10,
     steps=80,
     dtype="bfloat16",
     ablate="black",

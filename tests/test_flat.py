@@ -163,12 +163,12 @@ def test_mask_and_composite():
 
 def test_the_altered_view_moves_the_target_alone():
     vec = make(300)
-    obs = play(vec, range(300), "train", 0, alter_seed=5)
+    obs = play(vec, range(300), "train", 0, view_seed=5)
     changed = (obs["rgb_alt"] != obs["rgb"]).any(-1)
     assert changed.flatten(1).any(1).float().mean() > 0.9
     assert (changed.sum((1, 2)) <= 60).all()  # two sprites at most
-    again = play(vec, range(300), "train", 0, alter_seed=5)
-    other = play(vec, range(300), "train", 0, alter_seed=6)
+    again = play(vec, range(300), "train", 0, view_seed=5)
+    other = play(vec, range(300), "train", 0, view_seed=6)
     assert torch.equal(again["rgb_alt"], obs["rgb_alt"]) and not torch.equal(
         other["rgb_alt"], obs["rgb_alt"]
     )

@@ -66,7 +66,7 @@ def test_one_scene_plays_as_task_py(monkeypatch):
         env.reset(seed=0, options=dict(episodes=episodes, reconfigure=True))
         random_state = torch.get_rng_state()
         obs, done, rewards = (
-            vec.reset([3], "clutter-2", rebuild=True, alter_seed=5),
+            vec.reset([3], "clutter-2", rebuild=True, view_seed=5),
             torch.tensor([False]),
             [],
         )

@@ -198,8 +198,8 @@ def test_the_rollout_does_not_depend_on_the_device_batch():
     """Sampled tokens may (the generator is asked in another order), log-probs and values of the same tokens may not."""
     policy = toy_policy_with_seed()
     obs = Toy(8).look()
-    whole = policies.act(policy, obs, ["put red cube on plate"] * 8, 8)
-    parts = policies.act(policy, obs, ["put red cube on plate"] * 8, 3)
+    whole = policies.act_in_parts(policy, obs, ["put red cube on plate"] * 8, 8)
+    parts = policies.act_in_parts(policy, obs, ["put red cube on plate"] * 8, 3)
     for name in ("actions", "logprob", "value"):
         assert getattr(parts, name).shape == getattr(whole, name).shape and len(parts.value) == 8
     torch.testing.assert_close(parts.value, whole.value, atol=1e-5, rtol=0)

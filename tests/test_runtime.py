@@ -79,10 +79,12 @@ def test_a_number_out_of_range_is_one_sentence_before_anything_starts(flags, tmp
     assert "\n" not in str(fault.value) and not run.exists()
 
 
-def test_augment_needs_the_composites_that_it_shows(tmp_path):
+def test_augment_needs_the_composites_that_it_shows_and_has_no_part_in_eq_3(tmp_path):
     flags = ["--augment", "0.5", "--pre-view", "rerender", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(runtime.Fault, match="--pre-view rerender there are none"):
         ppo_pair.main(ppo_pair.parse(flags))
+    with pytest.raises(runtime.Fault, match="Eq. .3. would reward seeing the table"):
+        ppo_pair.main(ppo_pair.parse([*flags[:2], *flags[4:]]))
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
@@ -368,7 +370,7 @@ def test_an_update_that_is_cut_short_is_undone_after_the_critics_warm_up_too():
 
 def test_a_group_without_samples_has_no_mean():
     means = runtime.Means()
-    stats = dict(loss=torch.ones(2), inv_kl=torch.tensor([1.0, 3.0]))
+    stats = dict(loss=torch.ones(2), ratio_dev=torch.zeros(2), inv_kl=torch.tensor([1.0, 3.0]))
     means.add(stats, dict(k0=torch.tensor([True, True]), k1=torch.tensor([False, False])))
     means.all_reduce([])
     result = means.result()

@@ -627,6 +627,22 @@ def test_sigterm_before_there_is_anything_to_save(start, tmp_path):
     )
 
 
+def test_sigterm_while_the_last_checkpoint_is_written_starts_no_table(start, tmp_path):
+    def before(save=runtime.RunState.save):
+        def save_and_stop(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return save(self)
+
+        runtime.RunState.save = save_and_stop
+
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = *fresh(start, run), "--iterations", 1, "--eval-episodes", 2
+    assert wait(train(*command, log=log, before=before)) == 0, log.read_text()
+    assert "stopped by SIGTERM after iteration 1; go on with" in log.read_text()
+    assert not (run / "checkpoint-000001/eval").exists()
+    assert wait(train("--resume", run, log=log)) == 0 and "OOD average" in log.read_text()
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_ctrl_c_is_one_sentence_and_loses_nothing(start, tmp_path, times):
     run, log = tmp_path / "run", tmp_path / "log"

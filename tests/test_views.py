@@ -260,11 +260,11 @@ def test_other_camera_is_the_frame_of_that_camera(scene, start, pack):
 
 
 def test_vectorised_views():
-    """rgb_alt and rgb_pre depend on (alter_seed, episode, step) alone; backgrounds come from whichever workers there are."""
+    """rgb_alt and rgb_pre depend on (view_seed, episode, step) alone; backgrounds come from whichever workers there are."""
     options = dict(image_size=48, alter=views.task_altering, preserve=views.rerendered)
     with envs.make_envs(2, num_workers=2, **options) as vec:
         start = time.perf_counter()
-        first = vec.reset([3, 4], rebuild=True, alter_seed=5)
+        first = vec.reset([3, 4], rebuild=True, view_seed=5)
         assert 0 < vec.view_seconds < time.perf_counter() - start
         for name in ("rgb_alt", "rgb_pre"):
             assert first[name].shape == (2, 48, 48, 3) and first[name].dtype == torch.uint8
@@ -273,10 +273,10 @@ def test_vectorised_views():
         action = torch.zeros(2, 2, 7)
         later = vec.step(action)[0]
         tables = vec.backgrounds()
-        swapped = vec.reset([4, 3], rebuild=True, alter_seed=5)
+        swapped = vec.reset([4, 3], rebuild=True, view_seed=5)
         assert all(torch.equal(swapped[k].flip(0), first[k]) for k in first)
         assert all(torch.equal(vec.step(action)[0][k].flip(0), later[k]) for k in ("rgb",))
-        other = vec.reset([3, 4], rebuild=True, alter_seed=6)
+        other = vec.reset([3, 4], rebuild=True, view_seed=6)
         assert torch.equal(other["rgb"], first["rgb"]) and not torch.equal(
             other["rgb_alt"], first["rgb_alt"]
         )

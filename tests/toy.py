@@ -47,7 +47,7 @@ class Toy:
         mask[:, half // 2 : -half // 2] = True  # what the task-preserving view keeps
         return dict(rgb=rgb, mask=mask, rgb_alt=rgb.flip(2), state=torch.zeros(self.num_envs, 8))
 
-    def reset(self, episode_ids, split="train", rebuild=False, alter_seed=0):
+    def reset(self, episode_ids, split="train", rebuild=False, view_seed=0):
         self.episode_ids, self.elapsed, self.correct = (
             list(episode_ids),
             0,

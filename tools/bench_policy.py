@@ -327,7 +327,7 @@ def bench(args):
 
     obs, instructions = random_obs(policy, batch_size, device)
     # in such parts as update takes, so that old and new log-probs agree, as in training
-    decision = policies.act(policy, obs, instructions, training.device_batch_size)
+    decision = policies.act_in_parts(policy, obs, instructions, training.device_batch_size)
     batch = dict(
         obs=obs,
         instructions=instructions,

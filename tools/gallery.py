@@ -150,7 +150,7 @@ def draw_pair(file: str, assets: str):
     check_file(file)
     size = None if assets == "flat" else TILE
     with make_envs(1, assets, image_size=size, num_workers=1, alter=views.task_altering) as vec:
-        obs = vec.reset([1], "train", alter_seed=1)  # a frame in which the pair is easy to see
+        obs = vec.reset([1], "train", view_seed=1)  # a frame in which the pair is easy to see
         empty = vec.backgrounds([9])
     shown = {
         "o": obs["rgb"][0],

@@ -50,7 +50,7 @@ def main(args: Args):
         raise Fault("nothing to compare: name the start, then other checkpoints")
     named = evaluate.Args(checkpoint=args.checkpoints[0], backbone=args.backbone)
     _, saved = evaluate.find_checkpoint(named)
-    backbone, assets = saved["backbone"], args.assets or saved["assets"]
+    backbone, assets = saved["backbone"], evaluate.assets_of(args, saved)
     first, pack = policies.load_policy(backbone, args.checkpoints[0]), find_pack(assets)
     drawn = dict(image_size=first.image_size, resize=first.resize, alter=views.task_altering)
     rounds = []  # of episodes, as many as one process can hold scenes

@@ -3,7 +3,7 @@
     python tools/study.py                                # Flatland: all arms, 8 seeds, pi05-flat
     python tools/study.py --backbone pi05-tiny --arms PPO PAIR --seeds 3 --jobs 2   # the simulator
     python tools/study.py --table                        # from the records alone
-    python tools/study.py --backbone openvla-tiny --name camera --arms PPO PAIR \\
+    python tools/study.py --backbone pi05-tiny --name pi05-tiny-camera --arms PPO PAIR \\
         --flags="--pre-view camera" --splits train camera+8 camera+16 camera+24    # section 5.5
 
 A run is `ppo_pair.py` with the arm's flags, then `evaluate.py`. Its record is one line of
@@ -49,6 +49,7 @@ ARMS = {
     "target: an average": "--inv-target-rate 0.1",
     "lambda_inv 1": "--inv-coef 1 --sen-coef 0",  # 0 is PPO, the preset's 4 is +inv
     "lambda_inv 2": "--inv-coef 2 --sen-coef 0",
+    "lambda_inv 1000": "--inv-coef 1000 --sen-coef 0",  # of a clipped gradient: hardly any PPO
 }
 CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
 
@@ -144,22 +145,28 @@ def outcomes_of(records: list[dict]) -> Outcomes:
 
 def table_of(records: list[dict]) -> str:
     """A row per arm: success in per cent on each kind of split, and what it has more than the first
-    arm over the same seeds."""
+    arm over the same seeds. Last: its lead out of distribution, less its lead on train."""
     outcomes, parts = outcomes_of(records), []
     seeds = {arm: [r["seed"] for r in records if r["arm"] == arm] for arm in ARMS}
     ended = Counter(record["arm"] for record in records if record["ended"])
     columns = columns_of(outcomes)
+    compared = dict(columns)
+    if {"train", "OOD average"} <= columns.keys():
+        train = [(-weight, mask) for weight, mask in columns["train"]]
+        compared["(OOD average - train)"] = columns["OOD average"] + train
     for metric in METRICS:
         success = outcomes.success[metric]
         first, a = next(iter(success.items()))
-        heads = (*columns, *(f"{name} - {first}" for name in columns))
+        heads = (*columns, *(f"{name} - {first}" for name in compared))
         rows = [["arm", "seeds", "ended by a guard", *heads]]
         for arm, x in success.items():
             cells = [percent(rate(x, row)) for row in columns.values()]
             same = a[np.isin(seeds[first], seeds[arm])]
-            changes = [percent(difference(same, x, row), "+") for row in columns.values()]
-            counts = [str(len(x)), str(ended[arm] or "")]
-            rows.append([arm, *counts, *cells, *(changes if arm != first else [""] * len(columns))])
+            changes = [
+                percent(difference(same, x, row), "+") if arm != first else ""
+                for row in compared.values()
+            ]
+            rows.append([arm, str(len(x)), str(ended[arm] or ""), *cells, *changes])
         parts.append(f"## {metric}, per cent [95 %]\n\n{markdown(rows)}\n")
     return "\n".join(parts)
 
