@@ -648,6 +648,15 @@ def test_the_committed_tables_come_from_the_committed_records(file, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
+def test_the_last_column_is_the_lead_out_of_distribution_less_that_on_train():
+    table = (ROOT / "results/flat/pi05-flat.md").read_text().split("\n\n")[1]
+    head, _, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    names = ["OOD average - PPO", "train - PPO", "(OOD average - train) - PPO"]
+    for row in rows:
+        ood, train, less = (float(row[head.index(name)].split()[0]) for name in names)
+        assert less == pytest.approx(ood - train, abs=0.11)
+
+
 def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
     """And any other end is an error, not a record."""
     calls, last = [], "error: the policy is going blind: ..."

@@ -49,7 +49,7 @@ ARMS = {
     "target: an average": "--inv-target-rate 0.1",
     "lambda_inv 1": "--inv-coef 1 --sen-coef 0",  # 0 is PPO, the preset's 4 is +inv
     "lambda_inv 2": "--inv-coef 2 --sen-coef 0",
-    "lambda_inv 1000": "--inv-coef 1000 --sen-coef 0",  # of a clipped gradient: hardly any PPO
+    "lambda_inv 1000": "--inv-coef 1000 --sen-coef 0",  # 250 times +inv's: nearly without PPO
 }
 CURVES = ("success", "inv_kl", "sen_kl", "unrelated_kl", "entropy", "approx_kl")
 
