@@ -685,7 +685,8 @@ def check_weights(policy):
     if not all(finite):
         name = names[finite.index(False)]
         raise Fault(
-            f"the weight {name} is not finite: resume from the last checkpoint, or start anew"
+            f"the weight {name} is not finite: start another run from an earlier checkpoint; if this "
+            "comes again, with a lower --learning-rate"
         )
 
 

@@ -17,7 +17,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -197,12 +196,15 @@ def iteration_seconds(args: Args, backbone: str):
     policy = policies.load_policy(backbone, policies.default_checkpoint(backbone))
     policy.detach_value = pair.detach_value
     optimizer = ppo_pair.make_optimizer(pair, policy)
-    make = partial(envs.make_envs, pair.num_envs, pair.assets)
-    with make() as plain, make(alter=views.task_altering) as altered:
-        tables, seconds = plain.backgrounds(), []
+    seconds = []
+    with envs.make_envs(pair.num_envs, pair.assets, alter=views.task_altering) as vec:
+        tables, altered = vec.backgrounds(), vec.views
+        vec.reset(range(vec.num_envs))  # the first pictures take longer
         for i in range(args.windows):
             row, ids = [], itertools.count(10_000 * i)
-            for vec, one in ((plain, ppo), (altered, pair)):
+            # The same scenes for both: workers of a second set would find the cores taken
+            for drawn, one in (({}, ppo), (altered, pair)):
+                vec.views = drawn
                 start = time.perf_counter()
                 batch, _ = ppo_pair.rollout(one, policy, vec, ids, torch.device("cpu"))
                 middle = time.perf_counter()
