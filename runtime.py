@@ -685,8 +685,8 @@ def check_weights(policy):
     if not all(finite):
         name = names[finite.index(False)]
         raise Fault(
-            f"the weight {name} is not finite: start another run from an earlier checkpoint; if this "
-            "comes again, with a lower --learning-rate"
+            f"the weight {name} is not finite: start another run from an earlier checkpoint, and "
+            "if this comes again, with a lower --learning-rate"
         )
 
 
