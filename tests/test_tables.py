@@ -679,6 +679,16 @@ def test_after_a_guard_the_last_checkpoint_is_evaluated(tmp_path, monkeypatch):
         studies.play(studies.Args(), "PAIR", 3)
 
 
+def test_a_long_arm_has_three_times_the_iterations_and_its_own_rate():
+    chosen = studies.preset("pi05-tiny")
+    arm = "PPO, 3 x as long, 0.3 x the rate"
+    words = studies.flags_of(studies.Args(backbone="pi05-tiny"), arm).split()
+    flags = dict(zip(words[::2], map(float, words[1::2])))
+    assert flags["--iterations"] == 3 * chosen.iterations
+    assert flags["--learning-rate"] == pytest.approx(0.3 * chosen.learning_rate)
+    assert flags["--inv-coef"] == flags["--sen-coef"] == 0
+
+
 def test_a_study_with_flags_of_its_own_has_a_name(tmp_path, monkeypatch):
     """Its records were added to the committed ones."""
     monkeypatch.setattr(studies, "ROOT", tmp_path)

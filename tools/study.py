@@ -41,6 +41,7 @@ ARMS = {
     "PAIR": "",
     "PPO on composites": "--inv-coef 0 --sen-coef 0 --augment 0.5",  # diversity without pairs
     "PPO, 3 x as long": "--inv-coef 0 --sen-coef 0 --iterations {long}",
+    "PPO, 3 x as long, 0.3 x the rate": "--inv-coef 0 --sen-coef 0 --iterations {long} {slow}",
     "Eq. (3) teaches o_alt": "--sen-grad alt",
     "Eq. (3) teaches both": "--sen-grad both",
     "target: current weights": "--inv-target-rate None",
@@ -77,7 +78,9 @@ class Args:
 
 
 def flags_of(args: Args, arm: str) -> str:
-    return f"{args.flags} {ARMS[arm].format(long=3 * preset(args.backbone).iterations)}".strip()
+    chosen = preset(args.backbone)
+    slow = f"--learning-rate {0.3 * chosen.learning_rate:g}"
+    return f"{args.flags} {ARMS[arm].format(long=3 * chosen.iterations, slow=slow)}".strip()
 
 
 def play(args: Args, arm: str, seed: int) -> dict:
