@@ -42,6 +42,7 @@ ARMS = {
     "PPO on composites": "--inv-coef 0 --sen-coef 0 --augment 0.5",  # diversity without pairs
     "PPO, 3 x as long": "--inv-coef 0 --sen-coef 0 --iterations {long}",
     "PPO, 3 x as long, 0.3 x the rate": "--inv-coef 0 --sen-coef 0 --iterations {long} {slow}",
+    "PAIR, 3 x as long, 0.3 x the rate": "--iterations {long} {slow}",
     "Eq. (3) teaches o_alt": "--sen-grad alt",
     "Eq. (3) teaches both": "--sen-grad both",
     "target: current weights": "--inv-target-rate None",
