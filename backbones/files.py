@@ -96,8 +96,8 @@ def check_types(values, types, file):
 
 # ------------------------------------------------------------------------------------------ tensors
 def open_tensors(directory, stem):
-    """The tensors of STEM.safetensors, or of the shards in its index: {key: slice}. Reads headers;
-    slice[:] reads data."""
+    """The tensors of STEM.safetensors, or of its shards (RLinf writes no index): {key: slice}.
+    Reads headers; slice[:] reads data."""
     index, files = directory / f"{stem}.safetensors.index.json", [directory / f"{stem}.safetensors"]
     if index.is_file():
         try:
@@ -107,6 +107,8 @@ def open_tensors(directory, stem):
             raise Fault(
                 f"{index} has no weight_map that says which file holds which tensor"
             ) from None
+    elif not files[0].is_file():
+        files = sorted(directory.glob(f"{stem}-*-of-*.safetensors")) or files
     found = {}
     for file in files:
         try:

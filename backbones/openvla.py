@@ -276,6 +276,11 @@ class OpenVLANetwork(nn.Module):
                 f"{file}: timm_model_ids is {towers}; OpenVLA here has the two towers "
                 f"{' and '.join(TIMM)}"
             )
+        if (strategy := config.get("image_resize_strategy", "resize-naive")) != "resize-naive":
+            raise Fault(
+                f"{file}: image_resize_strategy is {strategy!r}; frames are resized here as by "
+                "'resize-naive' alone"
+            )
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise Fault(f"{file}: image_sizes is {sizes}, not one number of pixels for each tower")
         try:

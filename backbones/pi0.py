@@ -553,7 +553,7 @@ class Pi0Network(nn.Module):
         for layer in expert["layers"]:
             h = layer(h, **condition, **inputs)
         h = expert["norm"](h, *condition.values())
-        return (h[0] if self.pi05 else h)[:, -self.horizon :]  # no gate after the last norm
+        return (h[0] if self.pi05 else h)[:, -x.shape[1] :]  # no gate after the last norm
 
     def velocity(self, prefix, state, x, t):
         """v(x, t) (B, H, D) float32. state (B, D) normalised, read by pi0 only; x (B, H, D); t a

@@ -247,6 +247,7 @@ def test_pi_statistics_of_an_unexpected_shape(policy, official_pi, change, sente
     (lambda c: c | {"text_config": {"hidden_size": "many"}}, "config.json: text_config is not Llama's"),
     (lambda c: c | {"image_sizes": 96}, "config.json: image_sizes is 96, not of type list"),
     (lambda c: c | {"image_sizes": [96]}, "config.json: image_sizes is [96], not one number"),
+    (lambda c: c | {"image_resize_strategy": "letterbox"}, "config.json: image_resize_strategy is 'letterbox'"),
     (lambda c: c | {"n_action_bins": "256"}, 'config.json: n_action_bins is "256", not of type int'),
     (lambda c: c | {"n_action_bins": True}, "config.json: n_action_bins is true, not of type int"),
     (lambda c: c | {"timm_model_ids": c["timm_model_ids"][1:], "image_sizes": [96]},  # one tower

@@ -59,6 +59,8 @@ def test_golden_prefix_and_velocity(official):
         torch.testing.assert_close(policy.velocity(prefix, x["state"], x["x_query"], t), v, **EXACT)
     v = policy.velocity(prefix, x["state"], x["x_query"], x["sft_time"])
     torch.testing.assert_close(v, y["velocity_per_sample_t"], **EXACT)
+    longer = F.pad(x["x_query"], (0, 0, 0, 3))  # than config.json's horizon
+    assert policy.velocity(prefix, x["state"], longer, x["sft_time"]).shape == longer.shape
 
 
 @golden

@@ -904,6 +904,7 @@ def test_sharded_checkpoint(tiny, tiny_dir, broken_dir):
     half = len(tensors) // 2
     for name, part in zip(names, (list(tensors)[:half], list(tensors)[half:])):
         save_file({key: tensors[key] for key in part}, broken_dir / name)
+    assert same_weights(load_policy("openvla-tiny", broken_dir), tiny), "RLinf writes no index"
     weight_map = {key: names[i >= half] for i, key in enumerate(tensors)}
     (broken_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert same_weights(load_policy("openvla-tiny", broken_dir), tiny)
