@@ -1,6 +1,6 @@
 """Every arm over many seeds, one table. An interrupted study goes on.
 
-    python tools/study.py                                # Flatland: arms at one rate, 8 seeds
+    python tools/study.py                                # Flatland: the default arms, 8 seeds
     python tools/study.py --backbone pi05-tiny --arms PPO PAIR --seeds 3 --jobs 2   # the simulator
     python tools/study.py --table                        # from the records alone
     python tools/study.py --backbone pi05-tiny --name pi05-tiny-camera --arms PPO PAIR \\
@@ -62,7 +62,7 @@ class Args:
     backbone: str = "pi05-flat"
     """pi05-flat, openvla-flat, pi05-tiny or openvla-tiny"""
     arms: tuple[str, ...] = tuple(arm for arm, flags in ARMS.items() if "{slow}" not in flags)
-    """which arms, by name; those at another rate have to be named"""
+    """which arms, by name (default: all but those at another rate)"""
     seeds: int = 8
     """how many are run, from 2 on: the presets were chosen on seed 1"""
     episodes: int = 256
