@@ -37,6 +37,8 @@ ASK = "where is the {instruction} <out>"
 class Args:
     backbone: str = "pi05-tiny"
     """a small backbone: the big ones come with their own warm start. It chooses the defaults"""
+    checkpoint: str | None = None
+    """a start to go on from, for example with --pretrain-steps 0 (default: new weights)"""
     out: str = "runs/sft"
     """where the checkpoint goes"""
     assets: str = "builtin"
@@ -52,6 +54,8 @@ class Args:
     """optimizer steps of segmentation and grounding"""
     clone_steps: int = 3600
     """optimizer steps of behaviour cloning"""
+    mixed_share: float = 0.0
+    """share of the frames of behaviour cloning that have a distractor (A.1 has none)"""
     astray: float = 0.4
     """share of the demonstrations in which the hand first goes to another place, as after a mistake
     of the policy; flat: share of the moves of a demonstration that are random"""
@@ -77,10 +81,11 @@ DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=A
 
 
 RANGES = {
-    "at least 1": "scenes demos pretrain_steps clone_steps",
+    "at least 0": "pretrain_steps",
+    "at least 1": "scenes demos clone_steps",
     "at least 2": "batch_size",
     "above 0": "learning_rate",
-    "0 to 1": "astray",
+    "0 to 1": "astray mixed_share",
     "0 to 2147483647": "seed",
 }
 
@@ -297,11 +302,11 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
     policy.eval()
 
 
-def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
+def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict, mixed: dict | None = None):
     """Both stages on frames of `frames_of` -> policy, report (held-out behaviour-cloning loss and
-    error of its argmax)."""
+    error of its argmax). mixed: of demonstrations with a distractor, for --mixed-share."""
     torch.manual_seed(args.seed)
-    policy = policies.load_policy(args.backbone)
+    policy = policies.load_policy(args.backbone, args.checkpoint)
     pack = find_pack(args.assets)
     # Of the towers and the projector in the last forward pass: read here without a second pass
     features = []
@@ -354,7 +359,11 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
 
     def stage_2():
         features.clear()
-        batch = sample(demos, args.batch_size)
+        others = round(args.mixed_share * args.batch_size)
+        batch = sample(demos, args.batch_size - others)
+        if others:
+            added = sample(mixed, others)
+            batch = {k: torch.cat([v, added[k]]) for k, v in batch.items()}
         losses = dict(cloning=cloning(batch))
         if args.keep_seeing:
             losses |= seeing(batch)
@@ -370,7 +379,8 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict):
         (len(pack.names) + 3) * batch["classes"][0].numel() // features[0].shape[1],
     )
     heads = [*head.parameters(), scale]
-    train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads)
+    if args.pretrain_steps:
+        train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads)
     train(policy, args.clone_steps, args, "behaviour cloning", stage_2, heads)
     for hook in hooks:
         hook.remove()
@@ -411,7 +421,7 @@ def main(args: Args):
     runtime.check_empty(out, former=is_start)
     with runtime.writing_to(out):
         tempfile.TemporaryFile(dir=out.parent).close()
-    untrained = policies.load_policy(args.backbone)
+    untrained = policies.load_policy(args.backbone, args.checkpoint)
     flat = args.assets == "flat"
     gather = collect_flat if flat else collect_parallel
     with make_envs(256 if flat else 2, args.assets, image_size=untrained.image_size) as vec:
@@ -421,10 +431,13 @@ def main(args: Args):
         # acts in chunks gets fewer.
         how = (0.25, 1 / max(2, untrained.horizon), args.seed, args.astray)
         demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos), *how)
-        held_out = gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)
-    demos, held_out = ([e for e in episodes if e["success"]] for episodes in (demos, held_out))
+        demos = [demos, gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)]
+        if args.mixed_share:
+            ids = episode_ids("demos", 0, args.demos, args.demos // 8 or 1)
+            demos.append(gather(vec, "train", ids, *how))
+    demos = ([e for e in episodes if e["success"]] for episodes in demos)
     policy, report = warm_up(
-        args, *(frames_of(episodes, untrained.horizon) for episodes in (scenes, demos, held_out))
+        args, *(frames_of(episodes, untrained.horizon) for episodes in (scenes, *demos))
     )
     print(json.dumps(report))
     with whole_directory(out) as partial:

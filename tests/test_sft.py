@@ -138,10 +138,15 @@ def test_what_is_demonstrated(monkeypatch, tmp_path, backbone, rate):
     monkeypatch.delattr(sft, "frames_of")  # it ends there
     with pytest.raises(NameError):
         sft.main(sft.preset(backbone, out=str(tmp_path / "out")))
-    scenes, *demos = [(split, len(ids), how) for split, ids, *how in asked]
+    with pytest.raises(NameError):
+        sft.main(sft.preset(backbone, out=str(tmp_path / "out"), mixed_share=0.1))
+    scenes, *demos = [(split, len(ids), how) for split, ids, *how in asked[:3]]
     assert scenes == ("busy", 1000, [0.5, 0.5, 0])
     how = [0.25, rate, 0, 0.4]
     assert demos == [("bare", 2400, how), ("bare", 64, how)]
+    *same, (split, ids, *mixed) = asked[3:]
+    assert same == asked[:3] and (split, len(ids), mixed) == ("train", 300, how)
+    asked = asked[3:]
     ids = [set(ids) for _, ids, *_ in asked]
     assert len(set.union(*ids)) == sum(map(len, ids))  # no episode is used twice
 
@@ -264,6 +269,28 @@ def test_both_stages_teach_pointing_where_it_is_asked_for(policy, frames, pointi
     assert [stage & {"grounding", "pointing"} for stage in taught] == [{"grounding"} | expected] * 2
     layers = trained.language_model.model.layers if expected else []
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_a_start_goes_on_with_a_share_of_frames_with_a_distractor(frames, monkeypatch, tmp_path):
+    torch.manual_seed(1)
+    start = policies.load_policy("pi05-tiny")
+    start.save(tmp_path / "start")
+    alone = {k: v.clone() for k, v in frames.items()}
+    alone["object_ids"][:, 1:] = -1
+    seen, sft_loss = [], type(start).sft_loss
+
+    def watch(policy, batch, names, unit, *prompt, **options):
+        if not prompt:  # no question: cloning
+            seen.append((batch["object_ids"][:, 1] >= 0).float().mean().item())
+        return sft_loss(policy, batch, names, unit, *prompt, **options)
+
+    monkeypatch.setattr(type(start), "sft_loss", watch)
+    budget = dict(pretrain_steps=0, clone_steps=2, batch_size=8, learning_rate=1e-9)
+    args = sft.preset("pi05-tiny", checkpoint=str(tmp_path / "start"), mixed_share=0.25, **budget)
+    policy, _ = sft.warm_up(args, alone, alone, alone, frames)
+    assert seen == [0.25, 0.25, 0]  # two steps, the held-out loss
+    for before, after in zip(start.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
 
 
 def test_pointing_loss_is_least_on_the_object_that_was_asked_for(frames):
