@@ -430,8 +430,10 @@ def main(args: Args):
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that
         # acts in chunks gets fewer.
         how = (0.25, 1 / max(2, untrained.horizon), args.seed, args.astray)
-        demos = gather(vec, "bare", episode_ids("demos", 0, 0, args.demos), *how)
-        demos = [demos, gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how)]
+        demos = [
+            gather(vec, "bare", episode_ids("demos", 0, 0, args.demos), *how),
+            gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how),
+        ]
         if args.mixed_share:
             ids = episode_ids("demos", 0, args.demos, args.demos // 8 or 1)
             demos.append(gather(vec, "train", ids, *how))
