@@ -64,7 +64,7 @@ lint: setup
 
 results: setup
 	@for file in results/*/*.jsonl; do name=$$(basename $$file .jsonl)
-		.venv/bin/python tools/study.py --backbone $${name%-camera} --name $$name --table > /dev/null; done
+		.venv/bin/python tools/study.py --backbone $$(echo $$name | cut -d- -f1,2) --name $$name --table > /dev/null; done
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache

@@ -421,15 +421,15 @@ def main(args: Args):
     runtime.check_empty(out, former=is_start)
     with runtime.writing_to(out):
         tempfile.TemporaryFile(dir=out.parent).close()
-    untrained = policies.load_policy(args.backbone, args.checkpoint)
+    start = policies.load_policy(args.backbone, args.checkpoint)
     flat = args.assets == "flat"
     gather = collect_flat if flat else collect_parallel
-    with make_envs(256 if flat else 2, args.assets, image_size=untrained.image_size) as vec:
+    with make_envs(256 if flat else 2, args.assets, image_size=start.image_size) as vec:
         ids = episode_ids("scenes", 0, 0, args.scenes)
         scenes = gather(vec, "busy", ids, 0.5, 0.5, args.seed)
         # A chunk's later labels answer disturbances that its frame does not show, so a policy that
         # acts in chunks gets fewer.
-        how = (0.25, 1 / max(2, untrained.horizon), args.seed, args.astray)
+        how = (0.25, 1 / max(2, start.horizon), args.seed, args.astray)
         demos = [
             gather(vec, "bare", episode_ids("demos", 0, 0, args.demos), *how),
             gather(vec, "bare", episode_ids("held-out demos", 0, 0, 64), *how),
@@ -439,7 +439,7 @@ def main(args: Args):
             demos.append(gather(vec, "train", ids, *how))
     demos = ([e for e in episodes if e["success"]] for episodes in demos)
     policy, report = warm_up(
-        args, *(frames_of(episodes, untrained.horizon) for episodes in (scenes, *demos))
+        args, *(frames_of(episodes, start.horizon) for episodes in (scenes, *demos))
     )
     print(json.dumps(report))
     with whole_directory(out) as partial:

@@ -547,7 +547,8 @@ def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
     assert not any(fires(*recorded(file)) for file in RESULTS.glob("*/*.txt"))
     arms, ended = [], []
     for file in RESULTS.glob("*/*-[ft]*.jsonl"):
-        warmup = ppo_pair.preset(file.stem.removesuffix("-camera")).critic_warmup
+        backbone = "-".join(file.stem.split("-")[:2])
+        warmup = ppo_pair.preset(backbone).critic_warmup
         for run in map(json.loads, file.read_text().splitlines()):
             success, unrelated = (run["curves"][name] for name in ("success", "unrelated_kl"))
             iteration, _ = fires(success, unrelated, warmup) or (None, "")
