@@ -190,7 +190,7 @@ class TokenPolicy(OpenVLANetwork):
         mask, positions = self.attention_layout(attention_mask)
         actions = self.language_model.model.embed_tokens(action_tokens[:, :6])
         x = torch.cat([self.embed(pixel_values, input_ids), actions], 1)
-        hidden = self.llama(x, mask, positions)[:, -7:]
+        hidden = self.llama(x, mask, positions, outputs=7)
         before = hidden[:, 0].detach() if self.detach_value else hidden[:, 0]
         return self.logits(hidden), self.value(before)
 
@@ -216,7 +216,7 @@ class TokenPolicy(OpenVLANetwork):
         tokens, logprob, value = [], 0.0, None
         for i in range(7):
             rows = slice(cache.start, cache.start + x.shape[1])
-            hidden = self.llama(x, mask[:, :, rows], positions[:, rows], cache)[:, -1]
+            hidden = self.llama(x, mask[:, :, rows], positions[:, rows], 1, cache).squeeze(1)
             cache.start = rows.stop
             value = self.value(hidden) if i == 0 else value
             logits = self.logits(hidden)  # (B, bins)

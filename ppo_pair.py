@@ -383,7 +383,7 @@ def make_optimizer(args, policy):
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not q for q in head)]
     groups = [dict(params=actor, lr=args.learning_rate)]
     groups += [dict(params=head, lr=args.value_learning_rate)]
-    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=True)
 
 
 def train(args: Args) -> tuple[Args, Path | None]:

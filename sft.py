@@ -234,10 +234,9 @@ def alignment_loss(policy, patches, classes, names, scale) -> torch.Tensor:
     """Is object j in patch i? A sigmoid on the cosine between the projected patch (B, n, H) and the
     embedding of the object's name, as SigLIP aligns whole images with captions. Llama can then look
     for a word among the patches."""
-    table = policy.word_embeddings()
-    words = torch.stack(
-        [table[policy.tokenize([name], "{instruction}")[0][0, 1:]].mean(0) for name in names]
-    )  # (names, H)
+    ids, mask = policy.tokenize(names, "{instruction}")
+    mask = mask[:, 1:, None].to(ids.device)  # without BOS
+    words = (policy.word_embeddings()[ids[:, 1:]] * mask).sum(1) / mask.sum(1)  # (names, H)
     logits = (
         F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T * scale[0].exp() + scale[1]
     )  # (B, n, names)
@@ -279,7 +278,7 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=()):
     """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss
     (running mean)."""
     parameters = [*policy.parameters(), *heads]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / steps))),

@@ -7,6 +7,7 @@ model is in config.json.
 
 import copy
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,16 @@ class Block(nn.Module):
         return x + (y if self.ls2 is None else y * self.ls2["scale_factor"])
 
 
+class Earlier(NamedTuple):
+    """Keys and values of earlier positions (B, heads, n, head_dim), as a cache. Stores nothing."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def update(self, k, v, layer_idx):  # called by LlamaAttention
+        return torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+
+
 class KVCache:
     """Keys and values at fixed addresses. The attention mask hides what is not yet written."""
 
@@ -180,6 +191,11 @@ class KVCache:
         self.k[layer_idx, :, :, self.start : self.start + k.shape[2]] = k
         self.v[layer_idx, :, :, self.start : self.start + k.shape[2]] = v
         return self.k[layer_idx], self.v[layer_idx]
+
+
+def in_heads(x, attention, *projections):
+    """(B, n, H) through each projection -> (B, heads, n, head_dim)."""
+    return (p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
 
 
 def text_config(config):
@@ -398,18 +414,37 @@ class OpenVLANetwork(nn.Module):
         causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device)
         return causal.tril() & valid.bool()[:, None, None, :], valid.cumsum(1) - 1
 
-    def llama(self, x, mask, positions, cache=None):
+    def llama(self, x, mask, positions, outputs, cache=None):
         """Llama's own layers and final norm on embeddings (B, Q, H), without its mask-guessing
-        wrapper."""
+        wrapper -> (B, outputs, H) of the last positions.
+
+        Nobody reads what the last layer makes of the others. It gives their keys and values alone.
+        """
         llama = self.language_model.model
+        *layers, last = llama.layers
+        cos, sin = llama.rotary_emb(x, positions)
         inputs = {
             "attention_mask": mask,
-            "position_embeddings": llama.rotary_emb(x, positions),
+            "position_embeddings": (cos, sin),
             "past_key_values": cache,
         }
-        for layer in llama.layers:
+        for layer in layers:
             x = forward_layer(layer, x, self.gradient_checkpointing, **inputs)
-        return llama.norm(x)
+        if n := x.shape[1] - outputs:
+            attention, y = last.self_attn, last.input_layernorm(x[:, :n])
+            k, v = in_heads(y, attention, attention.k_proj, attention.v_proj)
+            k, _ = apply_rotary_pos_emb(k, k, cos[:, :n], sin[:, :n])
+            if cache is None:
+                cache = Earlier(k, v)
+            else:
+                cache.update(k, v, len(layers))
+                cache.start += n
+            inputs = {
+                "attention_mask": mask[:, :, n:],
+                "position_embeddings": (cos[:, n:], sin[:, n:]),
+                "past_key_values": cache,
+            }
+        return llama.norm(forward_layer(last, x[:, n:], self.gradient_checkpointing, **inputs))
 
     def value(self, hidden):
         """(B, H) at the last prompt token, before any action token -> (B,) float32."""
@@ -429,10 +464,7 @@ class OpenVLANetwork(nn.Module):
     def watch_pointing(self, hook):
         def look(layer, inputs, options):
             attention, x = layer.self_attn, layer.input_layernorm(inputs[0])
-            q, k = (
-                project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for project in (attention.q_proj, attention.k_proj)
-            )
+            q, k = in_heads(x, attention, attention.q_proj, attention.k_proj)
             q, k = apply_rotary_pos_emb(q, k, *options["position_embeddings"])
             heads = q.shape[1] // 2
             logits = q[:, :heads, -7:-5] @ k[:, :heads].mT * attention.scaling
@@ -440,5 +472,5 @@ class OpenVLANetwork(nn.Module):
             patches = self.vision_backbone["featurizer"].num_patches
             hook(logits.log_softmax(-1)[..., 1 : patches + 1])
 
-        layer = self.language_model.model.layers[1]
+        layer = self.language_model.model.layers[-2]  # the last one sees the last words only
         return [layer.register_forward_pre_hook(look, with_kwargs=True)]
