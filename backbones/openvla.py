@@ -466,11 +466,13 @@ class OpenVLANetwork(nn.Module):
             attention, x = layer.self_attn, layer.input_layernorm(inputs[0])
             q, k = in_heads(x, attention, attention.q_proj, attention.k_proj)
             q, k = apply_rotary_pos_emb(q, k, *options["position_embeddings"])
+            if earlier := options["past_key_values"]:  # the last layer gets the last words alone
+                k = torch.cat([earlier.k, k], 2)
             heads = q.shape[1] // 2
             logits = q[:, :heads, -7:-5] @ k[:, :heads].mT * attention.scaling
             logits = logits.masked_fill(~options["attention_mask"][:, :, -7:-5], -torch.inf)
             patches = self.vision_backbone["featurizer"].num_patches
             hook(logits.log_softmax(-1)[..., 1 : patches + 1])
 
-        layer = self.language_model.model.layers[-2]  # the last one sees the last words only
+        layer = self.language_model.model.layers[1]
         return [layer.register_forward_pre_hook(look, with_kwargs=True)]
