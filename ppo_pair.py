@@ -362,8 +362,7 @@ def update(
             means.add(stats, policy.log_groups(latent))
             if runtime.stop_requested():
                 break
-        stop = means.all_reduce(parameters)  # sums statistics and gradients over the ranks
-        if stop:
+        if means.all_reduce(parameters):  # sums gradients over the ranks; one of them must stop
             return None
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         runtime.check_step(policy, parameters, means, grad_norm, batch, mb_inds, args.run_dir)
@@ -404,10 +403,7 @@ def train(args: Args) -> tuple[Args, Path | None]:
 
     # ---------------------------------------------------------------- policy and optimizer
     runtime.seed_all(args.seed)
-    resumed = None
-    if args.resume and runtime.RANK == 0:
-        resumed = runtime.newest_checkpoint(Path(args.run_dir))
-    resumed = runtime.from_rank_0(resumed)
+    resumed = runtime.resumed_checkpoint(args)
     saved = resumed or args.checkpoint
     options = vars(args.policy) | dict(device=device, training=True)
     policy = policies.load_policy(args.backbone, saved, **options)

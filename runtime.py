@@ -451,6 +451,12 @@ def newest_checkpoint(run_dir: Path) -> Path:
     raise Fault(f"{run_dir} holds no whole checkpoint-* directory: name another --resume")
 
 
+def resumed_checkpoint(args) -> Path | None:
+    """What --resume goes on from, on every rank; None for a new run."""
+    resumed = args.resume and RANK == 0
+    return from_rank_0(newest_checkpoint(Path(args.run_dir)) if resumed else None)
+
+
 def save_checkpoint(run_dir: Path, policy, args, trainer: dict) -> Path:
     """Write run_dir/checkpoint-ITERATION, whole or not at all -> its path. `best` is a link.
 
@@ -739,7 +745,7 @@ LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at lea
 
 def check_collapse(state: RunState, warmup: int):
     """Stop a run that destroys its policy (not in the paper). No run of PPO, +inv, +sen or PAIR in
-    results/ trips the thresholds."""
+    results/ trips the thresholds from a start that is shipped. From others one of 48 did."""
     start, *unrelated = state.unrelated_kl
     success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:
