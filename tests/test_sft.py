@@ -234,8 +234,10 @@ def test_token_loss_is_least_for_the_right_tokens(frames):
     assert answer((tokens + 2).clamp(max=policy.action_end - 1)) > 10
 
 
-def test_pointing_is_the_attention_that_llama_computes(frames):
-    policy = policies.load_policy("openvla-tiny")
+@pytest.mark.parametrize("backbone, patches", [("openvla-tiny", 36), ("openvla-flat", 16)])
+def test_pointing_is_the_attention_that_llama_computes(frames, backbone, patches):
+    """In the middle of three layers, and in the last of two, which gets the last words alone."""
+    policy = policies.load_policy(backbone)
     batch, names = {k: v[:4] for k, v in frames.items()}, ["red cube", "cube", "blue bar", "plate"]
     unit, looks, weights = torch.zeros(4, 1, 7), [], []
     handles = policy.watch_pointing(looks.append)
@@ -254,9 +256,9 @@ def test_pointing_is_the_attention_that_llama_computes(frames):
         patch.setattr(policy, "attention_layout", additive)
         policy.sft_loss(batch, names, unit, "where is the {instruction} <out>", jitter=0.0)
     (first,) = looks
-    assert first.shape == (4, 2, 2, 36)
+    assert first.shape == (4, 2, 2, patches)
     # The first position reads no action token: the jitter does not touch it
-    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1:37])
+    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1 : patches + 1])
 
 
 @pytest.mark.parametrize("pointing", [True, False])
