@@ -433,7 +433,7 @@ class OpenVLANetwork(nn.Module):
         if n := x.shape[1] - outputs:
             attention, y = last.self_attn, last.input_layernorm(x[:, :n])
             k, v = in_heads(y, attention, attention.k_proj, attention.v_proj)
-            k, _ = apply_rotary_pos_emb(k, k, cos[:, :n], sin[:, :n])
+            k, _ = apply_rotary_pos_emb(k, k[:, :0], cos[:, :n], sin[:, :n])  # there is no query
             if cache is None:
                 cache = Earlier(k, v)
             else:
