@@ -745,7 +745,7 @@ LOST, LOST_POINTS = 0.6, 0.1  # of the warm-up's success, and by how much at lea
 
 def check_collapse(state: RunState, warmup: int):
     """Stop a run that destroys its policy (not in the paper). No run of PPO, +inv, +sen or PAIR in
-    results/ trips the thresholds from a start that is shipped. From others one of 48 did."""
+    results/ trips the thresholds."""
     start, *unrelated = state.unrelated_kl
     success, warmup = state.success, max(warmup, 1)
     if len(success) < warmup + WINDOW:

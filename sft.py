@@ -70,14 +70,16 @@ class Args:
     batch_size: int = 64
     """frames per optimizer step"""
     learning_rate: float = 1.4e-3
-    """peak of AdamW's learning rate; linear warm-up over 100 steps, cosine to 2 %"""
+    """peak of AdamW's learning rate; in each stage linear warm-up over 100 steps, cosine to 2 %"""
+    hold_rate: bool = False
+    """pretraining stays at its peak rate: what comes next starts at that rate anyway"""
 
 
 FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, pointing=False,
-            learning_rate=3e-3)  # fmt: skip
+            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
 DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=ASK),
-            "openvla-flat": FLAT, "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
+            "openvla-flat": FLAT | dict(pretrain_steps=2000, learning_rate=4e-3, hold_rate=True),
+            "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
 
 
 RANGES = {
@@ -274,14 +276,15 @@ def pointing_loss(looks, classes, asked) -> torch.Tensor:
     return -(lies / seen.clamp(min=1))[:, None, None].mul(looks).sum(-1).mean()
 
 
-def train(policy, steps: int, args: Args, name: str, losses, heads=()):
+def train(policy, steps: int, args: Args, name: str, losses, heads=(), hold_rate=False):
     """AdamW on sum(losses().values()) for `steps` steps, with a progress bar that shows each loss
     (running mean)."""
     parameters = [*policy.parameters(), *heads]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    last = np.inf if hold_rate else steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / steps))),
+        lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / last))),
     )
     means = {}
     policy.train()
@@ -379,7 +382,7 @@ def warm_up(args: Args, pretraining: dict, demos: dict, held_out: dict, mixed: d
     )
     heads = [*head.parameters(), scale]
     if args.pretrain_steps:
-        train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads)
+        train(policy, args.pretrain_steps, args, "pretraining", stage_1, heads, args.hold_rate)
     train(policy, args.clone_steps, args, "behaviour cloning", stage_2, heads)
     for hook in hooks:
         hook.remove()

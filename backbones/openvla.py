@@ -89,16 +89,17 @@ OPENVLA_TINY = {
 OPENVLA_FLAT = OPENVLA_TINY | {  # 32 x 32 pixels, 32 bins; the hand moves in two dimensions
     "image_sizes": [32, 32], "n_action_bins": 32, "pad_to_multiple_of": 32,
     "text_config": OPENVLA_TINY["text_config"] | {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96,
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
     },
     "norm_stats": {"flat": STATS},
     "_tiny_timm_kwargs": [
-        {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 8,
-         "stem": [24, 48], "class_token": False, "reg_tokens": 0, "layer_scale": False},
+        {"embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 8,
+         "stem": [16, 32], "class_token": False, "reg_tokens": 0, "layer_scale": False},
         {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 8},
     ],
     "_backbone": "openvla-flat",
-    "_attention_std": 0.125,
+    "_attention_std": 0.13,
     "_word_vocab": FLAT_VOCAB,
     "_cloning": {"sigma": [0.5] * 2 + [0.0] * 5, "answer_sigma": 0.7, "jitter": 1.0},
 }  # fmt: skip

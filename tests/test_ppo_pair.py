@@ -540,12 +540,12 @@ def fires(success, unrelated, warmup=3):
 
 def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
     """A recorded collapse (success 61 to 22 %) fires. Of the runs of a study those fire that a guard
-    has ended, in their last iteration. From the shipped starts these have a target that can come to
-    meet the policy, or learn from a mixture of scenes. From another start it was one of PAIR's."""
+    has ended, in their last iteration. These have a target that can come to meet the policy, or
+    learn from a mixture of scenes."""
     iteration, sentence = fires(*recorded(Path(__file__).with_name("collapse.txt")))
     assert 10 < iteration < 24 and "success fell" in sentence
     assert not any(fires(*recorded(file)) for file in RESULTS.glob("*/*.txt"))
-    arms, ended, elsewhere = [], [], []
+    arms, ended = [], []
     for file in RESULTS.glob("*/*-[ft]*.jsonl"):
         backbone = "-".join(file.stem.split("-")[:2])
         warmup = ppo_pair.preset(backbone).critic_warmup
@@ -554,13 +554,12 @@ def test_a_collapse_is_noticed_and_a_healthy_run_is_not():
             iteration, _ = fires(success, unrelated, warmup) or (None, "")
             assert iteration == (len(success) if run["ended"] else None), (file, run["arm"])
             arms.append(run["arm"])
-            (elsewhere if "-start-" in file.stem else ended).extend([run["arm"]] * run["ended"])
+            ended += [run["arm"]] * run["ended"]
     assert (
         len(arms) >= 80
         and len(ended) >= 3
         and all("target: " in arm or arm == "PPO on composites" for arm in ended)
     )
-    assert elsewhere == ["PAIR"]
     assert "going blind" in fires([0.5] * 20, [1.0] * 5 + [0.3] * 15)[1]
     assert fires([0.5] * 20, [1.0] * 5 + [0.6] * 15) is None
     assert (

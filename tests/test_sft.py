@@ -255,10 +255,10 @@ def test_pointing_is_the_attention_that_llama_computes(frames, backbone, patches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "attention_layout", additive)
         policy.sft_loss(batch, names, unit, "where is the {instruction} <out>", jitter=0.0)
-    (first,) = looks
-    assert first.shape == (4, 2, 2, patches)
+    (first,), heads = looks, policy.language_model.config.num_attention_heads // 2
+    assert first.shape == (4, heads, 2, patches)
     # The first position reads no action token: the jitter does not touch it
-    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :2, -7, 1 : patches + 1])
+    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :heads, -7, 1 : patches + 1])
 
 
 @pytest.mark.parametrize("pointing", [True, False])
