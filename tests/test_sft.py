@@ -349,3 +349,19 @@ def test_alignment_prefers_patches_that_carry_their_name(policy, frames):
 def test_a_big_backbone_is_refused():
     with pytest.raises(Fault, match="openvla-tiny.*come with a checkpoint"):
         sft.preset("openvla")
+
+
+def test_a_rate_falls_unless_it_is_held(monkeypatch):
+    rates, args = [], sft.preset("openvla-flat")
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"])
+    )
+    for hold_rate in (True, False):
+        policy = torch.nn.Linear(1, 1)
+        loss = lambda: dict(all=policy(torch.ones(1)).sum())  # noqa: B023, E731
+        sft.train(policy, 200, args, "name", loss, hold_rate=hold_rate)
+    held, falls = rates[:200], rates[200:]
+    assert held[:100] == pytest.approx([args.learning_rate * (i + 1) / 100 for i in range(100)])
+    assert held[100:] == pytest.approx([args.learning_rate] * 100)
+    assert falls[100] == pytest.approx(0.51 * args.learning_rate)
+    assert falls[199] == pytest.approx(0.02 * args.learning_rate, rel=0.01)
