@@ -281,7 +281,7 @@ def train(policy, steps: int, args: Args, name: str, losses, heads=(), hold_rate
     (running mean)."""
     parameters = [*policy.parameters(), *heads]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
-    last = np.inf if hold_rate else steps
+    last = np.inf if hold_rate else steps  # where the cosine ends
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * s / last))),

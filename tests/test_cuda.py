@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_pi import GOLDEN, golden, latent_of, prefix_of
 
 import policies
 import runtime
@@ -15,8 +16,6 @@ from backbones.openvla import STD
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT.parent / "shared/golden"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is not here")
 SMALL = ["openvla-tiny", "pi05-tiny", "openvla-flat", "pi05-flat"]
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
@@ -70,14 +69,13 @@ def test_golden_pi(device, kind):
     policy = policies.load_policy(
         kind, GOLDEN / f"{kind}_tiny_a", dtype=torch.float32, device=device
     )
-    prefix = policy.prefix(x["images"], x["image_masks"], x["tokens"], x["token_mask"])
+    prefix = prefix_of(policy, x)
     for t, v in zip(x["velocity_times"], y["velocity"]):
         torch.testing.assert_close(policy.velocity(prefix, x["state"], x["x_query"], t), v, **CLOSE)
     actions = policy.ode(prefix, x["state"], x["noise"], 4)
     torch.testing.assert_close(actions, y["ode_4"], **CLOSE)
     for k in range(4):
-        latent = {"x": y[f"sde_k{k}.chains"][:, k : k + 2], "k": torch.tensor([k] * len(actions))}
-        latent["k"] = latent["k"].to(device)
+        latent = {key: v.to(device) for key, v in latent_of(y[f"sde_k{k}.chains"], k).items()}
         dist, _ = policy.distribution(prefix, x["state"], latent)
         expected = y[f"sde_k{k}.logprob"].sum((1, 2))
         torch.testing.assert_close(policy.logprob(dist, latent), expected, **CLOSE)
@@ -116,8 +114,7 @@ def test_what_the_cpu_says(device, backbone, dtype):
         torch.testing.assert_close(decision.logprob.cpu(), found[0][0], atol=1e-3, rtol=1e-3)
     for gpu, cpu in zip(*found):
         error = (gpu - cpu).norm() / cpu.norm()
-        print(backbone, dtype, f"{error:.2g}")
-        assert error < (1e-3 if dtype == torch.float32 else 0.2)
+        assert error < (1e-3 if dtype == torch.float32 else 0.2), error
 
 
 @pytest.mark.parametrize("backbone", ["openvla-flat", "pi05-flat"])
