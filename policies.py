@@ -116,9 +116,10 @@ class Policy(Protocol):
         """(vocabulary, H)."""
 
     def watch_pointing(self, hook) -> list:
-        """Call hook(log-probs (B, heads, 2, n)) in each forward pass of sft_loss: at which of the n
-        patches half of one layer's heads look where the answer's first two tokens are predicted.
-        -> handles, to remove it; [] where no token has to look: pi's patches see the words."""
+        """Call hook(log-probs (B, heads, m, n)) in each forward pass of sft_loss: at which of the n
+        patches half of one layer's heads look from the m places where the answer is predicted (of
+        tokens the first two). With several noises per observation they are B rows each. ->
+        handles, to remove it."""
 
 
 def act_in_parts(policy: Policy, obs, instructions, size: int) -> Decision:

@@ -62,7 +62,7 @@ class Args:
     grounding: bool = True
     """both stages ask where things are"""
     pointing: bool = True
-    """with grounding: a token policy's attention learns to look at the object that was asked for"""
+    """with grounding: attention learns to look at the object that was asked for"""
     question: str = ASK_AS_A_TASK
     """the words in which they ask; {instruction} is the object's name"""
     keep_seeing: bool = False
@@ -75,11 +75,13 @@ class Args:
     """pretraining stays at its peak rate: what comes next starts at that rate anyway"""
 
 
-FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, pretrain_steps=700,
-            clone_steps=2000, keep_seeing=True, learning_rate=3e-3)  # fmt: skip
-DEFAULTS = {"openvla-tiny": dict(clone_steps=3000), "pi05-tiny": dict(question=ASK),
-            "openvla-flat": FLAT | dict(pretrain_steps=2000, learning_rate=4e-3, hold_rate=True),
-            "pi05-flat": FLAT | dict(question=ASK)}  # fmt: skip
+FLAT = dict(assets="flat", scenes=4096, demos=8192, astray=0.35, clone_steps=2000,
+            keep_seeing=True, hold_rate=True)  # fmt: skip
+DEFAULTS = {"openvla-tiny": dict(clone_steps=3000),
+            "pi05-tiny": dict(question=ASK, pointing=False),
+            "openvla-flat": FLAT | dict(pretrain_steps=2000, learning_rate=4e-3),
+            "pi05-flat": FLAT | dict(pretrain_steps=800, clone_steps=1700, learning_rate=3e-3,
+                                     question=ASK)}  # fmt: skip
 
 
 RANGES = {
@@ -269,9 +271,10 @@ def tiles(classes, patches: int) -> torch.Tensor:
 
 
 def pointing_loss(looks, classes, asked) -> torch.Tensor:
-    """Cross-entropy of the patches that are looked at, log-probs (B, heads, 2, n), against those in
-    which the object that was asked for lies."""
+    """Cross-entropy of the patches that are looked at, log-probs (k B, heads, m, n) for k noises,
+    against those in which the object that was asked for lies, of B frames."""
     lies = (tiles(classes, looks.shape[-1]) == 1 + asked[:, None, None]).float().sum(-1)  # (B, n)
+    lies = lies.repeat(len(looks) // len(lies), 1)
     seen = lies.sum(1, keepdim=True)  # some are out of sight
     return -(lies / seen.clamp(min=1))[:, None, None].mul(looks).sum(-1).mean()
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from runtime import Fault
 
@@ -26,6 +27,26 @@ def grey_levels(images_uint8, device):
     if images_uint8.dtype != torch.uint8 or len(shape) != 4 or shape[-1] != 3:
         raise Fault(f"images must be uint8 of shape (B, H, W, 3), not {images_uint8.dtype} {shape}")
     return images_uint8.to(device).permute(0, 3, 1, 2).float()
+
+
+def in_heads(x, attention, *projections):
+    """(B, n, H) through each projection -> (B, heads, n, head_dim)."""
+    return (p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+
+
+def where_heads_look(layer, x, options, earlier=None, rows=slice(None)):
+    """Log-probs (B, heads / 2, rows, keys) with which the first half of a decoder layer's heads
+    look from `rows` of the positions x (B, n, H), which its first norm has left. options: what the
+    layer gets besides. earlier: rotated keys (B, heads, m, head_dim) that come before those of x.
+    """
+    attention = layer.self_attn
+    q, k = in_heads(x, attention, attention.q_proj, attention.k_proj)
+    q, k = apply_rotary_pos_emb(q, k, *options["position_embeddings"])
+    k = k if earlier is None else torch.cat([earlier, k], 2)
+    heads = q.shape[1] // 2
+    logits = q[:, :heads, rows] @ k[:, :heads].mT * attention.scaling
+    unseen = ~options["attention_mask"][:, :, rows]
+    return logits.masked_fill(unseen, -torch.inf).log_softmax(-1)
 
 
 def keep_variance(modules):

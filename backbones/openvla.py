@@ -21,8 +21,10 @@ from backbones.layers import (
     forward_layer,
     grey_levels,
     grid_waves,
+    in_heads,
     keep_variance,
     patch_embedding,
+    where_heads_look,
 )
 from backbones.lora import add_lora
 from backbones.tokenizers import (
@@ -192,11 +194,6 @@ class KVCache:
         self.k[layer_idx, :, :, self.start : self.start + k.shape[2]] = k
         self.v[layer_idx, :, :, self.start : self.start + k.shape[2]] = v
         return self.k[layer_idx], self.v[layer_idx]
-
-
-def in_heads(x, attention, *projections):
-    """(B, n, H) through each projection -> (B, heads, n, head_dim)."""
-    return (p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
 
 
 def text_config(config):
@@ -464,16 +461,11 @@ class OpenVLANetwork(nn.Module):
 
     def watch_pointing(self, hook):
         def look(layer, inputs, options):
-            attention, x = layer.self_attn, layer.input_layernorm(inputs[0])
-            q, k = in_heads(x, attention, attention.q_proj, attention.k_proj)
-            q, k = apply_rotary_pos_emb(q, k, *options["position_embeddings"])
-            if earlier := options["past_key_values"]:  # the last layer gets the last words alone
-                k = torch.cat([earlier.k, k], 2)
-            heads = q.shape[1] // 2
-            logits = q[:, :heads, -7:-5] @ k[:, :heads].mT * attention.scaling
-            logits = logits.masked_fill(~options["attention_mask"][:, :, -7:-5], -torch.inf)
+            earlier = options["past_key_values"]  # the last layer gets the last words alone
+            x, keys = layer.input_layernorm(inputs[0]), earlier and earlier.k
             patches = self.vision_backbone["featurizer"].num_patches
-            hook(logits.log_softmax(-1)[..., 1 : patches + 1])
+            looks = where_heads_look(layer, x, options, keys, rows=slice(-7, -5))
+            hook(looks[..., 1 : patches + 1])
 
         layer = self.language_model.model.layers[1]
         return [layer.register_forward_pre_hook(look, with_kwargs=True)]

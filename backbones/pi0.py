@@ -25,6 +25,7 @@ from backbones.layers import (
     grid_waves,
     keep_variance,
     patch_embedding,
+    where_heads_look,
 )
 from backbones.lora import add_lora
 from backbones.statistics import columns
@@ -71,11 +72,12 @@ PI05_TINY = {
     "norm_stats": {"builtin": {"actions": STEP_BOUNDS}},
 }  # fmt: skip
 PI05_FLAT = PI05_TINY | {  # 32 x 32 pixels
-    "image_size": 32, "patch": 8, "stem": [24, 48],
-    "vis_width": 64, "vis_depth": 1, "vis_heads": 4, "vis_mlp": 128,
-    "vocab": 32, "depth": 2, "head_dim": 16,
-    "vlm_width": 64, "vlm_mlp": 128, "exp_width": 64, "exp_mlp": 128,
-    "action_horizon": 1, "action_chunk": 1,
+    "image_size": 32, "patch": 8, "stem": [16, 32],
+    "vis_width": 48, "vis_depth": 1, "vis_heads": 2, "vis_mlp": 96,
+    "vocab": 32, "depth": 2, "heads": 2, "kv_heads": 2, "head_dim": 24,
+    "vlm_width": 48, "vlm_mlp": 96, "exp_width": 48, "exp_mlp": 96,
+    "value_head_hidden": [64, 64],
+    "action_horizon": 1, "action_chunk": 1, "noise_level": 0.4,
     "_backbone": "pi05-flat", "_word_vocab": FLAT_VOCAB,
     "norm_stats": {"flat": {"actions": STEP_BOUNDS}},
 }  # fmt: skip
@@ -584,4 +586,11 @@ class Pi0Network(nn.Module):
         return self.paligemma["lm_head"].weight
 
     def watch_pointing(self, hook):
-        return []
+        def look(layer, inputs, options):
+            x, _ = layer.input_layernorm(inputs[0], options["cond"])
+            keys, _ = options["past_key_values"].kv[layer.self_attn.layer_idx]
+            patches = self.tower["embeddings"]["position_embedding"].num_embeddings
+            hook(where_heads_look(layer, x, options, keys)[..., :patches])
+
+        layer = self.paligemma_with_expert["gemma_expert"]["model"]["layers"][1]
+        return [layer.register_forward_pre_hook(look, with_kwargs=True)]

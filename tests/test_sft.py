@@ -234,31 +234,42 @@ def test_token_loss_is_least_for_the_right_tokens(frames):
     assert answer((tokens + 2).clamp(max=policy.action_end - 1)) > 10
 
 
-@pytest.mark.parametrize("backbone, patches", [("openvla-tiny", 36), ("openvla-flat", 16)])
-def test_pointing_is_the_attention_that_llama_computes(frames, backbone, patches):
-    """In the middle of three layers, and in the last of two, which gets the last words alone."""
+@pytest.mark.parametrize("backbone", ["openvla-tiny", "openvla-flat", "pi05-tiny", "pi05-flat"])
+def test_pointing_is_the_attention_that_the_network_computes(frames, backbone):
+    """In the middle of three layers, and in the last of two, which Llama gives the last words alone."""
     policy = policies.load_policy(backbone)
     batch, names = {k: v[:4] for k, v in frames.items()}, ["red cube", "cube", "blue bar", "plate"]
     unit, looks, weights = torch.zeros(4, 1, 7), [], []
     handles = policy.watch_pointing(looks.append)
+    if backbone.startswith("pi05"):
+        layer, patches = policy.paligemma_with_expert["gemma_expert"]["model"]["layers"][1], 0
+        rows, which = 4 * 4, slice(None)  # of four noises each
+    else:
+        layer, patches = policy.language_model.model.layers[1], 1  # behind BOS
+        rows, which = 4, slice(-7, -6)  # reads no action token: the jitter does not touch it
+    torch.manual_seed(0)
     policy.sft_loss(batch, names, unit, "where is the {instruction} <out>")
     handles[0].remove()
-    policy.language_model.config._attn_implementation = "eager"
-    attention = policy.language_model.model.layers[1].self_attn
+    attention = layer.self_attn
+    attention.config._attn_implementation = "eager"
+
+    def additive(_, inputs, options):  # eager attention adds its mask
+        visible = options["attention_mask"]
+        options["attention_mask"] = torch.zeros(visible.shape).masked_fill(~visible, -1e9)
+        return inputs, options
+
+    attention.register_forward_pre_hook(additive, with_kwargs=True)
     attention.register_forward_hook(lambda _, __, out: weights.append(out[1]))
-    original = policy.attention_layout
-
-    def additive(mask):  # eager attention adds its mask
-        visible, positions = original(mask)
-        return torch.zeros(visible.shape).masked_fill(~visible, -1e9), positions
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "attention_layout", additive)
-        policy.sft_loss(batch, names, unit, "where is the {instruction} <out>", jitter=0.0)
-    (first,), heads = looks, policy.language_model.config.num_attention_heads // 2
-    assert first.shape == (4, heads, 2, patches)
-    # The first position reads no action token: the jitter does not touch it
-    torch.testing.assert_close(first[:, :, 0].exp(), weights[0][:, :heads, -7, 1 : patches + 1])
+    for module in policy.modules():  # the others share that config
+        if type(module) is type(attention) and module is not attention:
+            module.register_forward_pre_hook(additive, with_kwargs=True)
+    torch.manual_seed(0)
+    policy.sft_loss(batch, names, unit, "where is the {instruction} <out>")
+    (look,), heads = looks, attention.config.num_attention_heads // 2
+    n = (policy.image_size // (8 if backbone.endswith("flat") else 16)) ** 2
+    expected = weights[0][:, :heads, which, patches : patches + n]
+    assert look.shape == (rows, heads, 2 if patches else policy.horizon, n)
+    torch.testing.assert_close(look[:, :, : expected.shape[2]].exp(), expected)
 
 
 @pytest.mark.parametrize("pointing", [True, False])
@@ -267,10 +278,9 @@ def test_both_stages_teach_pointing_where_it_is_asked_for(policy, frames, pointi
     monkeypatch.setattr(sft, "train", lambda *args: taught.append({*args[4]()}))
     backbone = "pi05-tiny" if policy.horizon > 1 else "openvla-tiny"
     trained, _ = sft.warm_up(sft.preset(backbone, pointing=pointing), frames, frames, frames)
-    expected = {"pointing"} if pointing and backbone == "openvla-tiny" else set()
+    expected = {"pointing"} if pointing else set()
     assert [stage & {"grounding", "pointing"} for stage in taught] == [{"grounding"} | expected] * 2
-    layers = trained.language_model.model.layers if expected else []
-    assert not any(layer._forward_pre_hooks for layer in layers)
+    assert not any(module._forward_pre_hooks for module in trained.modules())
 
 
 def test_a_start_goes_on_with_a_share_of_frames_with_a_distractor(frames, monkeypatch, tmp_path):
@@ -310,6 +320,10 @@ def test_pointing_loss_is_least_on_the_object_that_was_asked_for(frames):
     seen = (right.sum(1) > 0).float().mean()
     expected = seen * np.log(36)
     torch.testing.assert_close(sft.pointing_loss(uniform, frames["classes"], asked), expected)
+    both = torch.cat([there, uniform])  # two noises for each frame
+    torch.testing.assert_close(
+        sft.pointing_loss(both, frames["classes"], asked), (entropy + expected) / 2
+    )
 
 
 def test_a_few_steps_learn_the_frames_by_heart(frames, policy):
