@@ -51,7 +51,7 @@ class Args:
     settings: bool = False
     """print the table of settings instead (`builtin`)"""
     pair: bool = False
-    """print the table of whole iterations instead (`openvla-tiny`, `openvla-flat`)"""
+    """print the table of whole iterations instead (`openvla-tiny`, Flatland)"""
 
 
 def window(steps, seconds: float) -> float:
@@ -220,7 +220,7 @@ def iteration_table(args: Args):
     rows = [
         ["seconds per iteration", "rollout", "update", "together", "env steps/s in the rollout"]
     ]
-    for backbone in ("openvla-tiny", "openvla-flat"):
+    for backbone in ("openvla-tiny", "openvla-flat", "pi05-flat"):
         (r0, u0, r1, u1), steps = iteration_seconds(args, backbone)
         ratio = f": {(r1 + u1) / (r0 + u0):.2f} x"
         for name, rollout, update, more in (("PPO", r0, u0, ""), ("PAIR", r1, u1, ratio)):
