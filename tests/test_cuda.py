@@ -122,13 +122,15 @@ def test_a_run_trains_saves_resumes_and_evaluates(device, backbone, tmp_path):
     """The update computes the very log-probs of the rollout, L_inv falls, and the table is written."""
     run_dir, out = tmp_path / "run", tmp_path / "eval"
     start = f"ppo_pair.py --backbone {backbone} --run-dir {run_dir} --eval-episodes 0"
+    start += " --learning-rate 1e-4"  # at the preset's the tokens lose more of `bare` at first
     run(f"{start} --save-every 2 --iterations 4")
     run(f"ppo_pair.py --resume {run_dir} --iterations 6")
     log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in log] == list(range(1, 7))
     assert all(row["ratio_dev"] < 1e-3 for row in log)
     assert log[-1]["inv_kl"] < log[2]["inv_kl"]  # the first two only warm the critic up
-    run(f"evaluate.py --checkpoint {run_dir} --splits bare --num-episodes 256 --out {out}")
+    table = "--splits bare --num-episodes 256 --temperature 0"
+    run(f"evaluate.py --checkpoint {run_dir} {table} --out {out}")
     episodes = (out / "episodes.jsonl").read_text().splitlines()
-    # 0.88 on one GPU; 0.90 to 0.93 with seeds 1 to 4 of openvla-flat on a CPU
-    assert sum(json.loads(line)["success_once"] for line in episodes) > 0.8 * 256
+    # on a CPU 0.93 to 0.96 with seeds 1 to 3
+    assert sum(json.loads(line)["success_once"] for line in episodes) > 0.9 * 256
