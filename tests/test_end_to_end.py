@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_scale import assert_same, state
 
 import envs
 import policies
@@ -154,20 +155,7 @@ def test_killed_at_random_instants_and_resumed_is_as_if_never_killed(tmp_path, b
             process.kill()
         assert process.wait(3600) == (-signal.SIGKILL if lines else 0), log.read_text()
     assert "going on from" in log.read_text() and "Traceback" not in log.read_text()
-    ours, theirs = (tmp_path / name / "checkpoint-000007" for name in ("run", "reference"))
-    for name in ("model.safetensors", "value_head.safetensors"):
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
-    ours, theirs = (torch.load(path / "trainer.pt", weights_only=True) for path in (ours, theirs))
-    for (_, a), (_, b) in zip(
-        *(sorted(trainer["optimizer"].pop("state").items()) for trainer in (ours, theirs)),
-        strict=True,
-    ):
-        assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
-    ours, theirs = (
-        trainer | dict(sight={k: v.tolist() for k, v in trainer["sight"].items()})
-        for trainer in (ours, theirs)
-    )
-    assert ours == theirs
+    assert_same(*(state(tmp_path / run / "checkpoint-000007") for run in ("run", "reference")))
 
 
 def test_ppo_baseline_computes_no_views(start, tmp_path):
