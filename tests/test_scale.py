@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from toy import Toy, in_float64, make_envs, toy_policy
+from toy import Toy, in_float64, play, toy_policy
 
 import envs
 import evaluate
@@ -71,7 +71,7 @@ def fork(function, log):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        ppo_pair.make_envs = evaluate.make_envs = make_envs
+        play()
         function()
         code = 0
     except SystemExit as stop:
@@ -483,11 +483,7 @@ def test_killed_at_any_instant_and_resumed_is_as_if_never_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", TOYS)
-def test_killed_twenty_times_and_resumed_is_as_if_never_killed(
-    start_of, tmp_path, backbone, monkeypatch
-):
-    # the start tells no two frames apart, so "going blind" would end the run
-    monkeypatch.setattr(runtime, "BLIND", 0)
+def test_killed_twenty_times_and_resumed_is_as_if_never_killed(start_of, tmp_path, backbone):
     reference, start = tmp_path / "reference/run", start_of(backbone)
     reference.parent.mkdir()
     assert wait(train(*fresh(start, reference), "--iterations", 150), 600) == 0
@@ -560,9 +556,8 @@ def test_resume_auto_takes_the_newest_whole_checkpoint_or_starts(whole, tmp_path
 
 
 @pytest.mark.slow
-def test_memory_is_flat(start, tmp_path, monkeypatch):
+def test_memory_is_flat(start, tmp_path):
     """Resident memory over the last 20 of 50 iterations stays within 2 %."""
-    monkeypatch.setattr(runtime, "BLIND", 0)  # as above
 
     def before():
         original = runtime.health_line
@@ -594,14 +589,18 @@ def test_memory_is_flat(start, tmp_path, monkeypatch):
 def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     flags = ["2" if FLAGS[i - 1] == "--save-every" else flag for i, flag in enumerate(FLAGS)]
-    os.environ["TOY_SECONDS"] = "0.05"
-    try:
-        pid = train("--checkpoint", start, "--run-dir", run, "--iterations", 8, *flags, log=log)
-    finally:
-        del os.environ["TOY_SECONDS"]
-    wait_for(run / "checkpoint-000004", pid)
-    os.kill(pid, signal.SIGTERM)
-    assert wait(pid, 30) == 0, log.read_text()
+    iteration = itertools.count(1)
+
+    def before(rollout=ppo_pair.rollout):
+        def fifth(*args, **kwargs):
+            if next(iteration) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rollout(*args, **kwargs)
+
+        ppo_pair.rollout = fifth
+
+    command = "--checkpoint", start, "--run-dir", run, "--iterations", 8, *flags
+    assert wait(train(*command, log=log, before=before)) == 0, log.read_text()
     (last,) = [line for line in log.read_text().splitlines() if "stopped by" in line]
     saved = runtime.newest_checkpoint(run)
     assert (
@@ -881,7 +880,7 @@ def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
     """The KL between fixed frames falls to a hundredth after the first iteration that is not the critic's, and stays there."""
     run, log = tmp_path / "run", tmp_path / "log"
 
-    def before():
+    def before(limit=runtime.BLIND):
         def unrelated_kl(*_):
             return (
                 1.0
@@ -890,7 +889,7 @@ def test_a_policy_that_goes_blind_stops_the_run(start, tmp_path):
                 else 0.01
             )
 
-        runtime.Sight.unrelated_kl = unrelated_kl
+        runtime.Sight.unrelated_kl, runtime.BLIND = unrelated_kl, limit
 
     assert wait(train(*fresh(start, run), "--iterations", 9, log=log, before=before)) == 2
     assert (

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import evaluate
 import policies
 import ppo_pair
 import runtime
@@ -134,6 +135,13 @@ def make_envs(num_envs, assets="builtin", *, image_size=None, **others):
     return Toy(num_envs, image_size, seconds=float(os.environ.get("TOY_SECONDS", 0)))
 
 
+def play():
+    """ppo_pair.py and evaluate.py of this process: on the toy. Its start tells hardly any two frames apart, so the KL of
+    unrelated frames is noise, and half of it gone is no sign of blindness."""
+    ppo_pair.make_envs = evaluate.make_envs = make_envs
+    runtime.BLIND = 0.02
+
+
 if __name__ == "__main__":
-    ppo_pair.make_envs = make_envs
+    play()
     runtime.command_line(lambda: ppo_pair.main(ppo_pair.parse()))
