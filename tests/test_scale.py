@@ -145,7 +145,7 @@ def assert_same(a, b):
         same = (
             torch.equal(value, b[key])
             if isinstance(value, torch.Tensor)
-            else value == b[key] or value != value
+            else value == b[key] or value != value and b[key] != b[key]
         )
         assert same, key
 
