@@ -2,7 +2,7 @@
 
     python ppo_pair.py                                  # pi05-tiny on a laptop CPU
     python ppo_pair.py --inv-coef 0 --sen-coef 0        # the PPO baseline: same code, no views
-    python ppo_pair.py --backbone pi05-flat             # no simulator: 32 x 32 pixels, 3 minutes
+    python ppo_pair.py --backbone pi05-flat             # no simulator: 32 x 32 pixels, 1 minute
     python ppo_pair.py --resume runs/NAME               # go on from its newest checkpoint
     torchrun --nproc-per-node 8 ppo_pair.py --backbone openvla
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import policies
 import ppo_pair
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,15 @@ def test_table_3(backbone):
         flag = f"--{name.replace('_', '-')}"
         (row,) = re.findall(rf"^\| [^|]* \| `{flag}` \| ([^|]*) \| ([^|]*) \|$", MAP, re.M)
         assert float(row[column]) == value, f"docs/paper_map.md: {flag} of {backbone}"
+
+
+@pytest.mark.parametrize("backbone", ["pi05-tiny", "pi05-flat"])
+def test_a_small_start_is_loaded_with_the_settings_it_was_made_with(backbone):
+    """sft.py takes them from the network's config, ppo_pair.py from its presets."""
+    policy = policies.load_policy(backbone)
+    preset = vars(ppo_pair.preset(backbone).policy)
+    for flag in "horizon", "replan", "denoise_steps", "noise_level":
+        assert policy.config[policy.settings[flag]] == preset[flag], flag
 
 
 def test_one_optimizer_step_an_epoch_of_pi05():

@@ -431,10 +431,33 @@ def test_two_processes_with_one_seed_are_the_same(start, whole, tmp_path):
     assert_same(state(tmp_path / "run/checkpoint-000008"), state(whole / "checkpoint-000008"))
 
 
+def killed_at(call, where):
+    """For train's `before`: SIGKILL at the call'th Python call ("anywhere"), or at the call'th in the middle of writing a
+    checkpoint ("write"). Calls are counted, not seconds, so it does not matter how fast the machine is. 0: never."""
+    calls = itertools.count(1)
+
+    def count(*_):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function, *args):
+        count()
+        return function(*args)
+
+    def before():
+        if where == "anywhere":
+            sys.setprofile(count)
+        else:
+            files.save_file, runtime.sync = (
+                functools.partial(counted, f) for f in (files.save_file, runtime.sync)
+            )
+
+    return before
+
+
 def kill_and_resume(start, run, iterations, kills, seed):
-    """SIGKILL at a random Python call, or at a random call in the middle of writing a checkpoint, each time followed by
-    --resume; returns what it was killed in. Whatever is called a checkpoint is whole, at any time. The instants are
-    counted in calls, so they do not depend on how fast the machine is."""
+    """Killed at random calls, each time followed by --resume; returns where. Whatever is called a checkpoint is whole, at
+    any time."""
     rng, killed = random.Random(seed), []
     while True:
         saved = runtime.checkpoints(run)
@@ -443,29 +466,12 @@ def kill_and_resume(start, run, iterations, kills, seed):
         how = ["--resume", run] if saved else fresh(start, run)
         # about two and four iterations
         where, upto = rng.choice([("write", 24), ("anywhere", 1_000_000)])
-        left = [rng.randrange(1, upto) if len(killed) < kills else 0]
-
-        def before(where=where, left=left):
-            def count(*_):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            def counted(function, *args):
-                count()
-                return function(*args)
-
-            if where == "anywhere":
-                sys.setprofile(count)
-            else:
-                files.save_file, runtime.sync = (
-                    functools.partial(counted, f) for f in (files.save_file, runtime.sync)
-                )
-
-        code = wait(train(*how, "--iterations", iterations, before=before, log=run.parent / "log"))
+        call = rng.randrange(1, upto) if len(killed) < kills else 0
+        command, log = (*how, "--iterations", iterations), run.parent / "log"
+        code = wait(train(*command, log=log, before=killed_at(call, where)))
         if code == 0:
             return killed
-        assert code == -signal.SIGKILL, (run.parent / "log").read_text()
+        assert code == -signal.SIGKILL, log.read_text()
         killed.append(where)
 
 
@@ -586,21 +592,26 @@ def test_memory_is_flat(start, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ faults
-def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_path):
-    run, log = tmp_path / "run", tmp_path / "log"
-    flags = ["2" if FLAGS[i - 1] == "--save-every" else flag for i, flag in enumerate(FLAGS)]
-    iteration = itertools.count(1)
+def sigterm_in(iteration):
+    """For train's `before`: a SIGTERM when that iteration begins."""
+    iterations = itertools.count(1)
 
     def before(rollout=ppo_pair.rollout):
-        def fifth(*args, **kwargs):
-            if next(iteration) == 5:
+        def rollout_after_sigterm(*args, **kwargs):
+            if next(iterations) == iteration:
                 os.kill(os.getpid(), signal.SIGTERM)
             return rollout(*args, **kwargs)
 
-        ppo_pair.rollout = fifth
+        ppo_pair.rollout = rollout_after_sigterm
 
+    return before
+
+
+def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = ["2" if FLAGS[i - 1] == "--save-every" else flag for i, flag in enumerate(FLAGS)]
     command = "--checkpoint", start, "--run-dir", run, "--iterations", 8, *flags
-    assert wait(train(*command, log=log, before=before)) == 0, log.read_text()
+    assert wait(train(*command, log=log, before=sigterm_in(5))) == 0, log.read_text()
     (last,) = [line for line in log.read_text().splitlines() if "stopped by" in line]
     saved = runtime.newest_checkpoint(run)
     assert (
@@ -615,18 +626,9 @@ def test_sigterm_saves_and_exits_0_with_the_command_to_resume(start, whole, tmp_
 
 
 def test_sigterm_before_there_is_anything_to_save(start, tmp_path):
-    def before(rollout=ppo_pair.rollout):
-        def first(*args, **kwargs):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return rollout(*args, **kwargs)
-
-        ppo_pair.rollout = first
-
-    assert wait(train(*fresh(start, tmp_path / "run"), log=tmp_path / "log", before=before)) == 0
-    assert (
-        "stopped by SIGTERM after iteration 0; nothing is there to resume yet"
-        in (tmp_path / "log").read_text()
-    )
+    command, log = fresh(start, tmp_path / "run"), tmp_path / "log"
+    assert wait(train(*command, log=log, before=sigterm_in(1))) == 0
+    assert "stopped by SIGTERM after iteration 0; nothing is there to resume yet" in log.read_text()
 
 
 def test_sigterm_while_the_last_checkpoint_is_written_starts_no_table(start, tmp_path):
